@@ -1,0 +1,19 @@
+"""sigma-Reparam on modules: config, layers, conversion."""
+
+from trimtab.reparam.config import SigmaReparam
+from trimtab.reparam.convert import effective_weight, fold_, refresh_, reparametrize_, sigma_gamma
+from trimtab.reparam.describe import describe
+from trimtab.reparam.norms import remove_norms_
+from trimtab.reparam.saving import save_pretrained
+
+__all__ = [
+    "SigmaReparam",
+    "describe",
+    "effective_weight",
+    "fold_",
+    "refresh_",
+    "remove_norms_",
+    "reparametrize_",
+    "save_pretrained",
+    "sigma_gamma",
+]

@@ -1,0 +1,225 @@
+"""sigma-Reparam on a model, in place: on, off, and looked at."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import ConversionError
+from trimtab.reparam import fastpath
+from trimtab.reparam.config import FilterFn, SigmaReparam
+from trimtab.reparam.layers import Reparametrized, Start, carried_names, carry_, drop_, exact_start
+from trimtab.reparam.plan import Site, choose
+from trimtab.reparam.registry import refresh_vectors_
+from trimtab.spectral import block_sigma
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def reparametrize_(
+    model: ModelT, config: SigmaReparam | None = None, filter_fn: FilterFn | None = None
+) -> ModelT:
+    """Put sigma-Reparam on a model's weights, in place: each is used as ``gamma / sigma(W) · W``.
+
+    Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse", ICML 2023,
+    arXiv 2303.06296. Converted are nn.Linear, nn.Conv1d/2d/3d (flattened to (out, in · kernel)), nn.MultiheadAttention
+    (query, key and value each with its own sigma) and Hugging Face's Conv1D. ``module.weight`` stays the very same
+    Parameter; beside it stands a new one, ``gamma``. Build the optimiser after converting, or give it the gammas with
+    ``add_param_group``. The singular vectors start exact and take one power iteration after every step of any
+    torch.optim optimiser that holds the weights; for other optimisers, and for averaged weights, call `refresh_`.
+
+    Args:
+        model: any module; also a single layer.
+        config: how, by default ``SigmaReparam()``, which leaves the model's function as it is.
+        filter_fn: called with (layer, dotted name) for each layer that holds matrices; only those for which it
+            returns True are converted.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConversionError: if a chosen layer is already converted, of an unknown kind, shared by nothing but layers left
+            alone, or has a weight that is zero, not finite, sharded or on the meta device; or if nothing is chosen.
+            The model is then exactly as it was.
+        TypeError: if the model is not a module or config not a SigmaReparam.
+    """
+    _expect_module(model)
+    if config is None:
+        config = SigmaReparam()
+    if not isinstance(config, SigmaReparam):
+        raise TypeError(f"config: expected a SigmaReparam, got {type(config).__name__}; pass filter_fn by name")
+    sites, attentions = choose(model, filter_fn)
+    starts: dict[int, Start] = {}
+    for site in sites:
+        _check_free(site)
+        if id(site.weight) not in starts:
+            starts[id(site.weight)] = _start(site, config)
+    # Everything is known to be well: from here on the model changes.
+    gammas = {
+        id(site.weight): nn.Parameter(starts[id(site.weight)].gamma, requires_grad=site.weight.requires_grad)
+        for site in sites
+    }
+    by_module: dict[int, tuple[nn.Module, dict[str, tuple[nn.Parameter, Tensor, Tensor, tuple[int, ...]]]]] = {
+        id(module): (module, {}) for module in [*attentions, *(site.module for site in sites)]
+    }
+    for site in sites:
+        start = starts[id(site.weight)]
+        carried = (gammas[id(site.weight)], start.u, start.v, site.sizes)
+        by_module[id(site.module)][1][site.weight_name] = carried
+    for module, carried_weights in by_module.values():
+        carry_(module, carried_weights)
+    fastpath.switch_off_(model)
+    return model
+
+
+def _check_free(site: Site) -> None:
+    taken = [name for name in carried_names(site.weight_name) if hasattr(site.module, name)]
+    if taken:
+        raise ConversionError(
+            f"{site.module_name or 'the model'} already has an attribute {taken[0]!r}, which the converted layer "
+            "needs: rename it, or leave the layer out with filter_fn"
+        )
+
+
+def _start(site: Site, config: SigmaReparam) -> Start:
+    mixin_transposed = len(site.sizes) == 1 and site.weight.shape[0] != site.sizes[0]
+    weight = site.weight.detach()
+    try:
+        start = exact_start(weight.t() if mixin_transposed else weight.flatten(1), site.sizes)
+    except ValueError as error:
+        raise ConversionError(f"{site.name} cannot be converted: {error}") from error
+    if config.gamma_init == "spectral":
+        return start
+    value = 1.0 if config.gamma_init == "one" else float(config.gamma_init)
+    return start._replace(gamma=torch.full_like(start.gamma, value))
+
+
+def fold_(model: ModelT) -> ModelT:
+    """Make a converted model plain again, in place: every weight becomes ``gamma / sigma(W) · W``.
+
+    The model computes what it did; its classes, parameters and state-dict keys are those of a model that was never
+    converted. An optimiser made for the converted model is of no use for the folded one.
+
+    Args:
+        model: a converted model.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConversionError: if nothing in it is converted, or a weight or gamma is not finite or sigma is not positive;
+            the model is then as it was.
+        TypeError: if the model is not a module.
+    """
+    converted = _converted(model, "nothing to fold: no layer of this model is converted (or it was folded before)")
+    folded: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for name, module in converted:
+            for weight_name in module._carried_sizes:
+                weight = module.carried(weight_name).weight
+                if id(weight) in folded:
+                    continue
+                value = module.scaled(weight_name)
+                if not bool(torch.isfinite(value).all()):
+                    raise ConversionError(
+                        f"{name}.{weight_name}".lstrip(".") + " is not finite once scaled by gamma / sigma: "
+                        "fold a checkpoint from before the run diverged"
+                    )
+                folded[id(weight)] = (weight, value)
+        for weight, value in folded.values():
+            weight.copy_(value)
+    for _, module in converted:
+        drop_(module)
+    fastpath.restore_(model)
+    return model
+
+
+def refresh_(model: ModelT, *, exact: bool = False) -> ModelT:
+    """Bring the singular vectors of a converted model up to date with its weights.
+
+    torch.optim optimisers need no such call: their step does it. It serves optimisers that are not, and weights
+    written by other means, such as a moving average.
+
+    Args:
+        model: a converted model.
+        exact: False: one power iteration, as after an optimiser step. True: the exact vectors, as at conversion
+            (not for sharded weights).
+
+    Returns:
+        The model.
+
+    Raises:
+        ConversionError: if nothing in it is converted, or ``exact`` is asked for a weight that is zero, not finite
+            or sharded; the vectors are then as they were.
+    """
+    converted = _converted(model, "nothing to refresh: no layer of this model is converted")
+    carried = [(name, w, m.carried(w)) for name, m in converted for w in m._carried_sizes]
+    if not exact:
+        refresh_vectors_(c for _, _, c in carried)
+        return model
+    starts: list[Start] = []
+    for name, weight_name, c in carried:
+        try:
+            starts.append(exact_start(c.matrix.detach(), c.sizes))
+        except ValueError as error:
+            raise ConversionError(f"{name}.{weight_name}".lstrip(".") + f" cannot be refreshed: {error}") from error
+    with torch.no_grad():
+        for (_, _, c), start in zip(carried, starts, strict=True):
+            c.u.copy_(start.u)
+            c.v.copy_(start.v)
+    return model
+
+
+def effective_weight(module: nn.Module, name: str | None = None) -> Tensor:
+    """Return the weight a layer uses: ``gamma / sigma(W) · W`` if converted, its plain weight otherwise.
+
+    Args:
+        module: one layer, converted or plain.
+        name: which weight, for layers with several (nn.MultiheadAttention: "in_proj_weight", or "q_proj_weight" ...;
+            its output projection is ``effective_weight(module.out_proj)``). By default its only one.
+
+    Returns:
+        A tensor of the weight's shape and dtype; differentiable in the trained weight and gamma.
+
+    Raises:
+        ValueError: if the layer has no such weight, or several and none is named.
+        TypeError: if the module is not a module.
+    """
+    _expect_module(module)
+    carried = list(module._carried_sizes) if isinstance(module, Reparametrized) else []
+    weights = [key for key, p in module._parameters.items() if p is not None and key.endswith("weight")]
+    candidates = carried or weights
+    if name is None and len(candidates) != 1:
+        raise ValueError(f"{type(module).__name__} has {len(candidates)} weights {candidates}: pass the name of one")
+    chosen = candidates[0] if name is None else name
+    if chosen not in weights:
+        raise ValueError(f"{type(module).__name__} has no weight {chosen!r}; it has {weights}")
+    if isinstance(module, Reparametrized) and chosen in carried:
+        return module.scaled(chosen)
+    return module.get_parameter(chosen)
+
+
+def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (sigma, gamma) of every converted weight by its dotted name, each of shape (blocks,), detached."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, Reparametrized):
+                for weight_name in module._carried_sizes:
+                    c = module.carried(weight_name)
+                    key = f"{name}.{weight_name}".lstrip(".")
+                    found[key] = (block_sigma(c.matrix, c.u, c.v, c.sizes), c.gamma.detach().clone())
+    return found
+
+
+def _converted(model: nn.Module, complaint: str) -> list[tuple[str, Reparametrized]]:
+    _expect_module(model)
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, Reparametrized)]
+    if not found:
+        raise ConversionError(complaint)
+    return found
+
+
+def _expect_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")

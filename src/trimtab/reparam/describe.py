@@ -1,0 +1,56 @@
+"""A conversion in words: what was converted, what was left, and why."""
+
+from torch import nn
+
+from trimtab.reparam.convert import sigma_gamma
+from trimtab.reparam.layers import Reparametrized
+from trimtab.reparam.norms import is_norm
+
+
+def describe(model: nn.Module) -> str:
+    """Return a table of every parameter matrix or layer of a model: converted or left, and why.
+
+    Args:
+        model: converted or not.
+
+    Returns:
+        Lines of text: dotted name, class, shape, and either sigma and gamma or the reason why it was left alone.
+    """
+    values = sigma_gamma(model)
+    holders: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{module_name}.{name}".lstrip("."))
+    rows: list[tuple[str, str, str, str]] = []
+    for module_name, module in model.named_modules():
+        carried = set(module._carried_sizes) if isinstance(module, Reparametrized) else set()
+        for name, parameter in module._parameters.items():
+            key = f"{module_name}.{name}".lstrip(".")
+            if parameter is None or name.endswith("gamma") and carried:
+                continue
+            if name in carried:
+                sigma, gamma = (", ".join(f"{x:.4g}" for x in v.tolist()) for v in values[key])
+                note = f"converted: sigma {sigma}, gamma {gamma}"
+            elif parameter.ndim < 2:
+                continue  # biases and norm gains hold no matrix
+            else:
+                others = [other for other in holders[id(parameter)] if other != key]
+                note = "left: " + _why(module, others)
+            rows.append((key, type(module).__name__, "x".join(map(str, parameter.shape)), note))
+    counts = f"{len(values)} of {len(rows)} weights converted"
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    return "\n".join([counts, *lines])
+
+
+def _why(module: nn.Module, others: list[str]) -> str:
+    if others:
+        return f"shares its weight with {', '.join(others)}"
+    if is_norm(module):
+        return "a norm layer holds no matrix"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "an embedding is read row by row"
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention):
+        return "not chosen"
+    return "not a layer that is converted"

@@ -1,0 +1,216 @@
+"""Linear maps and convolutions that use ``gamma / sigma(W) · W`` without ever storing that second matrix.
+
+With ``s = gamma / sigma`` and ``G`` the gradient with respect to the weight in use, the gradients are
+(Zhai et al., arXiv 2303.06296, with u and v held constant)
+
+    dL/dW = s (G - (<G, W> / sigma) v u^T)        dL/dgamma = <G, W> / sigma
+
+one inner product and one rank-one update beside what a plain layer does. What is saved for backward is the input and
+the trained weight itself, as in a plain layer; the scale is computed again. The backward is made of differentiable
+operations on what was saved, so second derivatives come out right.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.spectral import Sizes, block_sigma, per_row
+
+
+def scaled_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
+) -> Tensor:
+    """Return ``input @ (gamma / sigma · weight)^T + bias``, each row block of the weight with its own sigma.
+
+    Args:
+        input: shape (..., in).
+        weight: shape (out, in).
+        bias: shape (out,) or None.
+        gamma: shape (blocks,).
+        u: right singular vectors, shape (blocks, in).
+        v: left singular vectors, shape (out,).
+        sizes: rows of each block.
+
+    Returns:
+        Shape (..., out), in the input's dtype or in autocast's.
+    """
+    gamma = _replicated(gamma)
+    dtype = _autocast_dtype(input)
+    if dtype is None:
+        return _apply(_ScaledLinear, input, weight, bias, gamma, u.clone(), v.clone(), sizes)
+    with torch.autocast(input.device.type, enabled=False):
+        cast_bias = None if bias is None else bias.to(dtype)
+        return _apply(_ScaledLinear, input.to(dtype), weight, cast_bias, gamma, u.clone(), v.clone(), sizes)
+
+
+def scaled_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution of ``input`` with ``gamma / sigma · weight``, plus the bias.
+
+    Sigma is that of the weight flattened to (out, in/groups · kernel). The input has a batch dimension; weight and
+    vectors are those of torch's convolution of 1, 2 or 3 spatial dimensions.
+    """
+    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    dtype = _autocast_dtype(input)
+    if dtype is None:
+        return _apply(_ScaledConv, input, weight, bias, gamma, u.clone(), v.clone(), arguments)
+    with torch.autocast(input.device.type, enabled=False):
+        cast_bias = None if bias is None else bias.to(dtype)
+        return _apply(_ScaledConv, input.to(dtype), weight, cast_bias, gamma, u.clone(), v.clone(), arguments)
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    # The vectors come in as clones: their buffers are written in place by data-parallel wrappers, which may happen
+    # between this forward and its backward.
+    output: Tensor = function.apply(*arguments)
+    return output
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """Return the dtype autocast would compute in here, or None where it leaves the input alone."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _replicated(gamma: Tensor) -> Tensor:
+    """Tensor parallelism shards every parameter of a layer, gamma too; every rank needs all of it."""
+    if not hasattr(gamma, "device_mesh"):
+        return gamma
+    from torch.distributed.tensor import Replicate
+
+    replicated: Tensor = gamma.redistribute(placements=[Replicate()] * gamma.device_mesh.ndim)  # type: ignore[attr-defined]
+    return replicated
+
+
+def _times(tensor: Tensor, scale: Tensor) -> Tensor:
+    """Multiply in the precision of the scale, which is at least float32, and return the tensor's own dtype."""
+    return (tensor * scale).to(tensor.dtype)
+
+
+class _ScaledLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
+    ) -> Tensor:
+        scale = per_row(gamma / block_sigma(weight, u, v, sizes), sizes)
+        rows, columns = weight.shape
+        count = input.numel() // columns
+        if weight.dtype != input.dtype:  # under autocast the weight is cast anyway: scale it on the way
+            return F.linear(input, (weight * scale.unsqueeze(-1)).to(input.dtype), bias)
+        costs = {"weight": rows * columns, "output": count * rows}
+        if len(sizes) == 1:
+            costs["input"] = count * columns
+        smallest = min(costs, key=lambda place: costs[place])
+        if smallest == "weight":
+            return F.linear(input, _times(weight, scale.unsqueeze(-1)), bias)
+        if smallest == "input":
+            return F.linear(_times(input, scale), weight, bias)
+        output = _times(F.linear(input, weight), scale)
+        return output if bias is None else output + bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, gamma, u, v, sizes = inputs
+        ctx.save_for_backward(input, weight, gamma, u, v)
+        ctx.sizes, ctx.has_bias = sizes, bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        input, weight, gamma, u, v = ctx.saved_tensors
+        sizes: Sizes = ctx.sizes
+        need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
+        sigma = block_sigma(weight, u, v, sizes)
+        d_input = d_weight = d_bias = d_gamma = None
+        if need_input:
+            scaled_grad = _times(grad, per_row(gamma / sigma, sizes))
+            d_input = scaled_grad @ weight.to(grad.dtype)
+        if need_weight or need_gamma:
+            flat_grad = grad.reshape(-1, grad.shape[-1])
+            in_use = (flat_grad.t() @ input.reshape(-1, input.shape[-1])).to(weight.dtype)
+            d_weight, d_gamma = _weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
+        if need_bias and ctx.has_bias:
+            d_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return d_input, d_weight if need_weight else None, d_bias, d_gamma if need_gamma else None, None, None, None
+
+
+def _weight_gradients(
+    in_use: Tensor, matrix: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """Turn G, the gradient of the weight in use, into those of the trained matrix and of gamma (the closed form)."""
+    row_products = (in_use * matrix).sum(1, dtype=u.dtype)
+    inner = torch.stack([part.sum() for part in row_products.split(sizes)]) if len(sizes) > 1 else row_products.sum(0, keepdim=True)
+    d_gamma = inner / sigma
+    left = (v * per_row(d_gamma, sizes)).to(in_use.dtype)
+    if len(sizes) == 1:
+        rest = in_use - left.unsqueeze(1) * u.to(in_use.dtype)
+    else:
+        blocks = zip(in_use.split(sizes), left.split(sizes), u.to(in_use.dtype).unbind(), strict=True)
+        rest = torch.cat([part - torch.outer(left_part, right) for part, left_part, right in blocks])
+    return _times(rest, per_row(gamma / sigma, sizes).unsqueeze(1)), d_gamma.to(gamma.dtype)
+
+
+class _ScaledConv(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, u: Tensor, v: Tensor, arguments: Any
+    ) -> Tensor:
+        scale = gamma / block_sigma(weight.flatten(1), u, v, (weight.shape[0],))
+        stride, padding, dilation, groups = arguments
+        shape = (1,) * (weight.ndim - 2)
+        if weight.dtype == input.dtype and input.numel() < weight.numel():
+            input = _times(input, scale)
+        else:
+            weight = (weight * scale.reshape(1, 1, *shape)).to(input.dtype)
+        return torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(shape), groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, gamma, u, v, arguments = inputs
+        ctx.save_for_backward(input, weight, gamma, u, v)
+        ctx.arguments, ctx.has_bias = arguments, bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        input, weight, gamma, u, v = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.arguments
+        need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
+        sizes = (weight.shape[0],)
+        matrix = weight.flatten(1)
+        sigma = block_sigma(matrix, u, v, sizes)
+        wanted = [need_input, need_weight or need_gamma, False]
+        zeros = [0] * (weight.ndim - 2)
+        d_input, in_use, _ = torch.ops.aten.convolution_backward(
+            grad, input, weight.to(grad.dtype), None, stride, padding, dilation, False, zeros, groups, wanted
+        )
+        d_weight = d_bias = d_gamma = None
+        if need_input:
+            d_input = _times(d_input, gamma / sigma)
+        if need_weight or need_gamma:
+            flat = in_use.to(weight.dtype).flatten(1)
+            d_matrix, d_gamma = _weight_gradients(flat, matrix, gamma, sigma, u, v, sizes)
+            d_weight = d_matrix.view_as(weight)
+        if need_bias and ctx.has_bias:
+            d_bias = grad.sum([0, *range(2, grad.ndim)])
+        return d_input, d_weight if need_weight else None, d_bias, d_gamma if need_gamma else None, None, None, None

@@ -1,0 +1,77 @@
+"""Which converted modules are alive, and the one hook that moves their vectors after every optimiser step.
+
+Version counters cannot tell when a weight was updated (fused optimisers and ``.data`` writes do not count up, sharded
+training shows 0, compilation folds them to constants), so the optimiser's own post-step hook does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from trimtab.spectral import power_iteration, store_vectors_
+
+if TYPE_CHECKING:
+    from trimtab.reparam.layers import Carried, Reparametrized
+
+_alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_hook: Any = None
+
+
+def add(module: nn.Module) -> None:
+    """Have the vectors of a converted module move after every step of an optimiser that holds its weights."""
+    global _hook
+    _alive.add(module)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+
+
+def discard(module: nn.Module) -> None:
+    """Forget a module that has been folded."""
+    _alive.discard(module)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _alive:
+        return
+    by_weight: dict[int, tuple[Reparametrized, str]] = {}
+    for module in list(_alive):
+        for weight_name in module.__dict__.get("_carried_sizes", ()):
+            by_weight[id(getattr(module, weight_name))] = (module, weight_name)  # type: ignore[assignment]
+    # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
+    found = [by_weight[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_weight]
+    refresh_vectors_(module.carried(weight_name) for module, weight_name in found)
+
+
+@torch.no_grad()
+def refresh_vectors_(carried: Iterable[Carried]) -> None:
+    """Move the vectors of each weight by one power iteration; a weight that several modules share moves once."""
+    sharded: list[Carried] = []
+    seen: set[int] = set()
+    for c in carried:
+        if id(c.u) in seen or c.weight.is_meta:
+            continue
+        seen.add(id(c.u))
+        if hasattr(c.weight, "device_mesh"):
+            sharded.append(c)
+            continue
+        with torch.autocast(c.weight.device.type, enabled=False):
+            right, left = power_iteration(c.matrix, c.u, c.sizes)
+            store_vectors_(c.u, c.v, right, left, c.sizes)
+    if sharded:
+        from trimtab.spectral.sharded import sharded_power_iteration
+
+        products = sharded_power_iteration([(c.matrix, local(c.u), c.sizes) for c in sharded])
+        for c, (right, left) in zip(sharded, products, strict=True):
+            store_vectors_(local(c.u), local(c.v), right, left, c.sizes)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's own copy of a replicated tensor."""
+    own: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[operator]
+    return own
