@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trimtab.errors import ConversionError
 from trimtab.reparam import fastpath
 from trimtab.reparam.config import FilterFn, SigmaReparam
-from trimtab.reparam.layers import Reparametrized, Start, carried_names, carry_, drop_, exact_start
+from trimtab.reparam.layers import Reparametrized, Start, as_matrix, carried_names, carry_, drop_, exact_start
 from trimtab.reparam.plan import Site, choose
 from trimtab.reparam.registry import refresh_vectors_
 from trimtab.spectral import block_sigma
@@ -16,9 +16,7 @@ from trimtab.spectral import block_sigma
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def reparametrize_(
-    model: ModelT, config: SigmaReparam | None = None, filter_fn: FilterFn | None = None
-) -> ModelT:
+def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn: FilterFn | None = None) -> ModelT:
     """Put sigma-Reparam on a model's weights, in place: each is used as ``gamma / sigma(W) · W``.
 
     Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse", ICML 2023,
@@ -82,10 +80,8 @@ def _check_free(site: Site) -> None:
 
 
 def _start(site: Site, config: SigmaReparam) -> Start:
-    mixin_transposed = len(site.sizes) == 1 and site.weight.shape[0] != site.sizes[0]
-    weight = site.weight.detach()
     try:
-        start = exact_start(weight.t() if mixin_transposed else weight.flatten(1), site.sizes)
+        start = exact_start(as_matrix(site.weight.detach(), site.transposed), site.sizes)
     except ValueError as error:
         raise ConversionError(f"{site.name} cannot be converted: {error}") from error
     if config.gamma_init == "spectral":

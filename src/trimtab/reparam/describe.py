@@ -27,7 +27,7 @@ def describe(model: nn.Module) -> str:
         carried = set(module._carried_sizes) if isinstance(module, Reparametrized) else set()
         for name, parameter in module._parameters.items():
             key = f"{module_name}.{name}".lstrip(".")
-            if parameter is None or name.endswith("gamma") and carried:
+            if parameter is None or (name.endswith("gamma") and carried):
                 continue
             if name in carried:
                 sigma, gamma = (", ".join(f"{x:.4g}" for x in v.tolist()) for v in values[key])

@@ -34,5 +34,7 @@ def _switch(module: nn.Module) -> str:
 
 def _must_be_off(module: nn.Module) -> bool:
     layers = [m for m in module.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    lost_a_norm = any(not isinstance(layer.norm1, nn.LayerNorm) or not isinstance(layer.norm2, nn.LayerNorm) for layer in layers)
+    lost_a_norm = any(
+        not isinstance(layer.norm1, nn.LayerNorm) or not isinstance(layer.norm2, nn.LayerNorm) for layer in layers
+    )
     return lost_a_norm or any(isinstance(m, Reparametrized) for m in module.modules())

@@ -149,7 +149,15 @@ class _ScaledLinear(torch.autograd.Function):
             d_weight, d_gamma = _weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
         if need_bias and ctx.has_bias:
             d_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return d_input, d_weight if need_weight else None, d_bias, d_gamma if need_gamma else None, None, None, None
+        return (
+            d_input,
+            d_weight if need_weight else None,
+            d_bias,
+            d_gamma if need_gamma else None,
+            None,
+            None,
+            None,
+        )
 
 
 def _weight_gradients(
@@ -157,7 +165,11 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Turn G, the gradient of the weight in use, into those of the trained matrix and of gamma (the closed form)."""
     row_products = (in_use * matrix).sum(1, dtype=u.dtype)
-    inner = torch.stack([part.sum() for part in row_products.split(sizes)]) if len(sizes) > 1 else row_products.sum(0, keepdim=True)
+    inner = (
+        torch.stack([part.sum() for part in row_products.split(sizes)])
+        if len(sizes) > 1
+        else row_products.sum(0, keepdim=True)
+    )
     d_gamma = inner / sigma
     left = (v * per_row(d_gamma, sizes)).to(in_use.dtype)
     if len(sizes) == 1:
@@ -173,7 +185,13 @@ class _ScaledConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, u: Tensor, v: Tensor, arguments: Any
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor,
+        u: Tensor,
+        v: Tensor,
+        arguments: Any,
     ) -> Tensor:
         scale = gamma / block_sigma(weight.flatten(1), u, v, (weight.shape[0],))
         stride, padding, dilation, groups = arguments
@@ -213,4 +231,12 @@ class _ScaledConv(torch.autograd.Function):
             d_weight = d_matrix.view_as(weight)
         if need_bias and ctx.has_bias:
             d_bias = grad.sum([0, *range(2, grad.ndim)])
-        return d_input, d_weight if need_weight else None, d_bias, d_gamma if need_gamma else None, None, None, None
+        return (
+            d_input,
+            d_weight if need_weight else None,
+            d_bias,
+            d_gamma if need_gamma else None,
+            None,
+            None,
+            None,
+        )

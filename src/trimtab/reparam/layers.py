@@ -6,7 +6,6 @@ what they were. A converted module keeps its ``weight`` and carries, beside it, 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +47,11 @@ def carried_names(weight_name: str) -> tuple[str, str, str]:
     return gamma, u, v
 
 
+def as_matrix(weight: Tensor, transposed: bool) -> Tensor:
+    """View a weight as (rows, columns), rows being outputs; ``transposed`` weights are stored (in, out)."""
+    return weight.t() if transposed else weight.flatten(1)
+
+
 class Start(NamedTuple):
     """What a weight is converted with: gamma (blocks,), u (blocks, columns), v (rows,), rows of each block."""
 
@@ -68,11 +72,7 @@ class Reparametrized(nn.Module):
         """Return one converted weight with its gamma and vectors."""
         weight: Tensor = getattr(self, weight_name)
         gamma, u, v = (getattr(self, name) for name in carried_names(weight_name))
-        return Carried(weight, self.as_matrix(weight), gamma, u, v, self._carried_sizes[weight_name])
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """View a weight as (rows, columns), rows being outputs."""
-        return weight.t() if self.transposed else weight.flatten(1)
+        return Carried(weight, as_matrix(weight, self.transposed), gamma, u, v, self._carried_sizes[weight_name])
 
     def scaled(self, weight_name: str) -> Tensor:
         """Return gamma / sigma · W in the shape and dtype of the weight; differentiable in both."""
@@ -114,9 +114,7 @@ class Reparametrized(nn.Module):
     ) -> None:
         """Load as usual; a plain checkpoint (a weight without gamma and vectors) has them computed for it."""
         absent: list[str] = []
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
         for weight_name in self._carried_sizes:
             keys = [prefix + name for name in carried_names(weight_name)]
             if prefix + weight_name in state_dict and all(key in absent for key in keys):
@@ -167,7 +165,7 @@ def carry_(module: nn.Module, starts: dict[str, tuple[nn.Parameter, Tensor, Tens
         module.register_parameter(gamma_name, gamma)
         module.register_buffer(u_name, u)
         module.register_buffer(v_name, v)
-    module._carried_sizes = {name: sizes for name, (_, _, _, sizes) in starts.items()}
+    module.__dict__["_carried_sizes"] = {name: sizes for name, (_, _, _, sizes) in starts.items()}
     module.__class__ = converted_class(type(module))
     registry.add(module)
 
@@ -179,7 +177,7 @@ def drop_(module: Reparametrized) -> None:
         for name in carried_names(weight_name):
             delattr(module, name)
     del module._carried_sizes
-    module.__class__ = module.plain_class
+    module.__class__ = module.plain_class  # type: ignore[assignment]
 
 
 def _rebuild(plain_class: type[nn.Module]) -> nn.Module:
@@ -241,17 +239,22 @@ class _Conv(Reparametrized):
         return output if input.ndim == spatial + 2 else output.squeeze(0)
 
 
-@lru_cache(maxsize=None)
+_converted_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def converted_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return the converted subclass of a plain layer class (made once for each).
 
     Raises:
         TypeError: if the class is none that `mixin_of` knows.
     """
-    mixin = mixin_of(plain)
-    if mixin is None:
-        raise TypeError(f"{plain.__name__} is no layer sigma-Reparam knows")
-    return type(f"SigmaReparam{plain.__name__}", (mixin, plain), {"plain_class": plain, "__module__": __name__})
+    if plain not in _converted_classes:
+        mixin = mixin_of(plain)
+        if mixin is None:
+            raise TypeError(f"{plain.__name__} is no layer sigma-Reparam knows")
+        name, contents = f"SigmaReparam{plain.__name__}", {"plain_class": plain, "__module__": __name__}
+        _converted_classes[plain] = type(name, (mixin, plain), contents)
+    return _converted_classes[plain]
 
 
 def mixin_of(plain: type[nn.Module]) -> type[Reparametrized] | None:

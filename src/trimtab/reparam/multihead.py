@@ -163,9 +163,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def projection_weights(module: nn.MultiheadAttention) -> list[tuple[str, tuple[int, ...]]]:
     """Return the input projections of an attention module: (weight name, rows of each block)."""
-    if module.in_proj_weight is not None:
+    if module._qkv_same_embed_dim:
         return [("in_proj_weight", (module.embed_dim,) * 3)]
     return [(f"{part}_proj_weight", (module.embed_dim,)) for part in "qkv"]
-
-
-

@@ -1,4 +1,4 @@
-"""Which weights of a model a conversion would take, which it would leave and why: decided before anything is touched."""
+"""Which weights of a model a conversion takes: decided, and every objection raised, before anything is touched."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +36,12 @@ class Site:
     def name(self) -> str:
         """Dotted name of the weight."""
         return f"{self.module_name}.{self.weight_name}".lstrip(".")
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored (in, out)."""
+        mixin = mixin_of(type(self.module))
+        return mixin is not None and mixin.transposed
 
     @property
     def weight(self) -> nn.Parameter:
@@ -97,7 +103,9 @@ def shared_with(model: nn.Module, chosen: set[tuple[int, str]]) -> dict[int, str
     """Return, for each parameter that a place outside ``chosen`` also holds, the dotted name of such a place."""
     inside = {id(p) for m, name, p in _places(model).values() if (id(m), name) in chosen}
     return {
-        id(p): dotted for dotted, (m, name, p) in _places(model).items() if id(p) in inside and (id(m), name) not in chosen
+        id(p): dotted
+        for dotted, (m, name, p) in _places(model).items()
+        if id(p) in inside and (id(m), name) not in chosen
     }
 
 
@@ -140,8 +148,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Sizes]]:
         yield "weight", ()
         return
     mixin = mixin_of(type(module))
-    rows = weight.shape[1] if mixin is not None and mixin.transposed else weight.shape[0]
-    yield "weight", (rows,)
+    yield "weight", (weight.shape[1 if mixin is not None and mixin.transposed else 0],)
 
 
 def _nothing_chosen(sites: list[Site], shared: dict[int, str], filter_fn: FilterFn | None) -> str:

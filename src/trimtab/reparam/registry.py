@@ -73,5 +73,5 @@ def refresh_vectors_(carried: Iterable[Carried]) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's own copy of a replicated tensor."""
-    own: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[operator]
+    own: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
     return own

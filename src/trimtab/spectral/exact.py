@@ -77,31 +77,25 @@ def _lanczos(matrix: Tensor, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor, 
     sigma, v = matrix.new_zeros(()), matrix.new_zeros(matrix.shape[0])
     for _ in range(_MAX_RESTARTS):
         U, V = matrix.new_zeros(size, matrix.shape[1]), matrix.new_zeros(size, matrix.shape[0])
-        diagonal: list[float] = []
-        above: list[float] = []
+        B = torch.zeros(size, size + 1, dtype=torch.float64)
         for k in range(size):
             U[k] = u
-            right = _orthogonalise(matrix @ u / scale, V[:k])
-            diagonal.append(float(right.norm()))
-            if diagonal[-1] <= eps * max(diagonal):  # the space spanned so far already holds all of the matrix
-                above, last = above[: k - 1] if k else [], True
-                size_now = max(k, 1)
-                diagonal = diagonal[:size_now]
-            else:
-                V[k] = right / diagonal[-1]
+            left = _orthogonalise(matrix @ u / scale, V[:k])
+            alpha, beta = float(left.norm()), 0.0
+            # Below rounding, the basis already spans everything the matrix maps: its row of V and of B stays zero.
+            if alpha > eps * float(B.max()):
+                B[k, k] = alpha
+                V[k] = left / alpha
                 u = _orthogonalise(V[k] @ matrix / scale, U[: k + 1])
                 beta = float(u.norm())
-                last = beta <= eps * max(diagonal)
-                size_now = k + 1
-            if last or k % 4 == 3 or k == size - 1:
-                left, values, right_t = torch.linalg.svd(_bidiagonal(diagonal, above))
-                best_u = right_t[0].to(U) @ U[:size_now]
-                best_v = left[:, 0].to(V) @ V[:size_now]
+            B[k, k + 1] = beta
+            exhausted = beta <= eps * float(B.max())
+            if exhausted or k % 4 == 3 or k == size - 1:
+                P, values, Q = torch.linalg.svd(B[: k + 1, : k + 1])
                 sigma = values[0].to(matrix)
-                converged = last or beta * abs(float(left[-1, 0])) <= tolerance * float(values[0])
-                if converged:
+                best_u, best_v = Q[0].to(U) @ U[: k + 1], P[:, 0].to(V) @ V[: k + 1]
+                if exhausted or beta * abs(float(P[k, 0])) <= tolerance * float(values[0]):
                     return sigma, best_u / best_u.norm(), best_v / best_v.norm()
-            above.append(beta)
             u = u / beta
         u, v = best_u / best_u.norm(), best_v / best_v.norm()
     return sigma, u, v
@@ -112,9 +106,3 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> Tensor:
     for _ in range(2):
         vector = vector - (basis @ vector) @ basis
     return vector
-
-
-def _bidiagonal(diagonal: list[float], above: list[float]) -> Tensor:
-    return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(
-        torch.tensor(above, dtype=torch.float64), 1
-    )
