@@ -1,12 +1,13 @@
 """sigma-Reparam on modules: config, layers, conversion."""
 
-from trimtab.reparam.config import SigmaReparam
+from trimtab.reparam.config import FilterFn, SigmaReparam
 from trimtab.reparam.convert import effective_weight, fold_, refresh_, reparametrize_, sigma_gamma
 from trimtab.reparam.describe import describe
 from trimtab.reparam.norms import remove_norms_
 from trimtab.reparam.saving import save_pretrained
 
 __all__ = [
+    "FilterFn",
     "SigmaReparam",
     "describe",
     "effective_weight",
