@@ -107,7 +107,7 @@ def test_a_gamma_that_is_none_is_refused(gamma_init: object) -> None:
 
 def test_the_weight_stays_the_same_parameter_and_the_optimiser_its_state() -> None:
     model, x = mixed()
-    weights = {name: p for name, p in model.named_parameters()}
+    weights = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(x).square().mean().backward()
     optimizer.step()
@@ -183,6 +183,12 @@ def with_weight(value: float) -> nn.Linear:
     return layer
 
 
+def with_attribute_gamma() -> nn.Linear:
+    layer = nn.Linear(3, 2)
+    layer.gamma = 1.0
+    return layer
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "zero": (lambda: with_weight(0.0), r"bad\.weight.*is zero.*filter_fn"),
     "nan": (lambda: with_weight(float("nan")), r"bad\.weight.*NaN"),
@@ -196,9 +202,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta": (lambda: nn.Linear(3, 2, device="meta"), "meta device"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "bad "),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 1), "parameter of its own"),
-    "empty": (lambda: nn.Linear(3, 2).requires_grad_(False).apply(lambda m: setattr(m, "weight", nn.Parameter(torch.empty(0, 3)))), "shape"),
-    "name-taken": (lambda: nn.Linear(3, 2).apply(lambda m: setattr(m, "gamma", 1.0)), "already has an attribute 'gamma'"),
-}  # fmt: skip
+    "empty": (lambda: nn.Linear(0, 2), "shape"),
+    "name-taken": (with_attribute_gamma, "already has an attribute 'gamma'"),
+}
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

@@ -1,0 +1,37 @@
+"""Saving a folded copy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import trimtab as tt
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+def test_a_plain_module_is_written_folded_and_loads_strictly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tt.reparametrize_(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)), tt.SigmaReparam("one"))
+    model[1].weight = model[1].weight
+    x = torch.randn(2, 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    tt.save_pretrained(model, tmp_path / "new" / "folder")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    safetensors.load_model(plain, tmp_path / "new" / "folder" / "model.safetensors", strict=True)
+    torch.testing.assert_close(plain(x), model(x))
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["model.safetensors"]
+
+
+def test_a_plain_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(tt.ConversionError, match="nothing to fold"):
+        tt.save_pretrained(nn.Linear(2, 2), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        tt.save_pretrained(tt.reparametrize_(nn.Linear(2, 2)), tmp_path / "file")
