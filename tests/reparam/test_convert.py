@@ -183,6 +183,12 @@ def with_weight(value: float) -> nn.Linear:
     return layer
 
 
+def empty() -> nn.Linear:
+    layer = nn.Linear(3, 2)
+    layer.weight = nn.Parameter(torch.empty(0, 3))
+    return layer
+
+
 def with_attribute_gamma() -> nn.Linear:
     layer = nn.Linear(3, 2)
     layer.gamma = 1.0
@@ -202,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "meta": (lambda: nn.Linear(3, 2, device="meta"), "meta device"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "bad "),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 1), "parameter of its own"),
-    "empty": (lambda: nn.Linear(0, 2), "shape"),
+    "empty": (empty, "shape"),
     "name-taken": (with_attribute_gamma, "already has an attribute 'gamma'"),
 }
 
