@@ -115,10 +115,7 @@ class _ScaledLinear(torch.autograd.Function):
         count = input.numel() // columns
         if weight.dtype != input.dtype:  # under autocast the weight is cast anyway: scale it on the way
             return F.linear(input, (weight * scale.unsqueeze(-1)).to(input.dtype), bias)
-        costs = {"weight": rows * columns, "output": count * rows}
-        if len(sizes) == 1:
-            costs["input"] = count * columns
-        smallest = min(costs, key=lambda place: costs[place])
+        smallest = _smallest(rows, columns, count, sizes)
         if smallest == "weight":
             return F.linear(input, _times(weight, scale.unsqueeze(-1)), bias)
         if smallest == "input":
@@ -141,8 +138,7 @@ class _ScaledLinear(torch.autograd.Function):
         sigma = block_sigma(weight, u, v, sizes)
         d_input = d_weight = d_bias = d_gamma = None
         if need_input:
-            scaled_grad = _times(grad, per_row(gamma / sigma, sizes))
-            d_input = scaled_grad @ weight.to(grad.dtype)
+            d_input = _input_gradient(grad, weight, per_row(gamma / sigma, sizes), sizes)
         if need_weight or need_gamma:
             flat_grad = grad.reshape(-1, grad.shape[-1])
             in_use = (flat_grad.t() @ input.reshape(-1, input.shape[-1])).to(weight.dtype)
@@ -160,24 +156,51 @@ class _ScaledLinear(torch.autograd.Function):
         )
 
 
+def _smallest(rows: int, columns: int, count: int, sizes: Sizes) -> str:
+    """Say which of input (or its gradient), weight and output (or its gradient) is the cheapest to scale."""
+    costs = {"weight": rows * columns, "output": count * rows}
+    if len(sizes) == 1:  # several scales belong to outputs and cannot go onto inputs
+        costs["input"] = count * columns
+    return min(costs, key=lambda place: costs[place])
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, sizes: Sizes) -> Tensor:
+    """Return the gradient with respect to the input, ``grad @ (scale · weight)``."""
+    rows, columns = weight.shape
+    smallest = _smallest(rows, columns, grad.numel() // rows, sizes)
+    if weight.dtype != grad.dtype or smallest == "weight":
+        return grad @ (weight * scale.unsqueeze(-1)).to(grad.dtype)
+    if smallest == "output":
+        return _times(grad, scale) @ weight
+    return _times(grad @ weight, scale)
+
+
 def _weight_gradients(
     in_use: Tensor, matrix: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
-    """Turn G, the gradient of the weight in use, into those of the trained matrix and of gamma (the closed form)."""
-    row_products = (in_use * matrix).sum(1, dtype=u.dtype)
-    inner = (
-        torch.stack([part.sum() for part in row_products.split(sizes)])
-        if len(sizes) > 1
-        else row_products.sum(0, keepdim=True)
-    )
-    d_gamma = inner / sigma
-    left = (v * per_row(d_gamma, sizes)).to(in_use.dtype)
-    if len(sizes) == 1:
-        rest = in_use - left.unsqueeze(1) * u.to(in_use.dtype)
-    else:
-        blocks = zip(in_use.split(sizes), left.split(sizes), u.to(in_use.dtype).unbind(), strict=True)
-        rest = torch.cat([part - torch.outer(left_part, right) for part, left_part, right in blocks])
-    return _times(rest, per_row(gamma / sigma, sizes).unsqueeze(1)), d_gamma.to(gamma.dtype)
+    """Turn G, the gradient of the weight in use, into those of the trained matrix and of gamma (the closed form).
+
+    G is overwritten where no second derivative is asked for: a fresh matrix costs several times the arithmetic.
+    """
+    d_gamma = _inner_products(in_use, matrix, u.dtype, sizes) / sigma
+    left, right = (v * per_row(d_gamma, sizes)).to(in_use.dtype), u.to(in_use.dtype)
+    scale = per_row(gamma / sigma, sizes).unsqueeze(1)
+    parts = zip(in_use.split(sizes), left.split(sizes), right.unbind(), strict=True)
+    if torch.is_grad_enabled() or hasattr(in_use, "device_mesh"):
+        rest = torch.cat([part - l_part.unsqueeze(1) * r_part for part, l_part, r_part in parts])
+        return _times(rest, scale), d_gamma.to(gamma.dtype)
+    for part, l_part, r_part in parts:
+        part.addr_(l_part, r_part, alpha=-1)
+    return in_use.mul_(scale), d_gamma.to(gamma.dtype)
+
+
+def _inner_products(a: Tensor, b: Tensor, dtype: torch.dtype, sizes: Sizes) -> Tensor:
+    """Return <a, b> of each row block, shape (blocks,), summed in ``dtype``."""
+    if a.dtype == dtype and not hasattr(a, "device_mesh"):
+        parts = zip(a.split(sizes), b.split(sizes), strict=True)
+        return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in parts])
+    rows = (a * b).sum(1, dtype=dtype)
+    return torch.stack([part.sum() for part in rows.split(sizes)])
 
 
 class _ScaledConv(torch.autograd.Function):

@@ -1,0 +1,77 @@
+"""What every benchmark shares: machine and versions beside the numbers, medians with their spread, results on disk."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trimtab
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "trimtab": trimtab.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, then smallest and largest."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: str) -> list[float]:
+    """Time both in turn and return the ratios second / first, round by round."""
+    for function in (first, second) * 2:
+        function()
+    ratios = []
+    for i in range(rounds):
+        # Each goes first every other round, so that a drift of the machine's speed favours neither.
+        order = (first, second) if i % 2 == 0 else (second, first)
+        seconds = {}
+        for function in order:
+            seconds[id(function)] = timed(function, device)
+        ratios.append(seconds[id(second)] / seconds[id(first)])
+    return ratios
+
+
+def timed(function: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def write(name: str, results: dict[str, Any]) -> Path:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf8")
+    os.replace(aside, path)
+    return path
