@@ -1,0 +1,1 @@
+"""Run logs in, one HTML file out. Nothing here imports the rest of Trimtab."""

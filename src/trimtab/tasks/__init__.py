@@ -1,0 +1,1 @@
+"""Real tasks: data, objective, metric and recipes."""
