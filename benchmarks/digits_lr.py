@@ -45,8 +45,8 @@ def arms() -> dict[str, ImagesRecipe]:
         "pre-LN, clip": replace(plain, clip=1.0),
         "sigma": replace(plain, model=bare, stabilizer="sigma", gamma_init="one"),
         "sigma, pre-LN": replace(plain, model=normed, stabilizer="sigma", gamma_init="one"),
-        "init scale": replace(plain, model=bare, stabilizer="init-scale"),
-        "init scale, pre-LN": replace(plain, model=normed, stabilizer="init-scale"),
+        "init scale": replace(plain, model=bare, stabilizer="init-scale", gamma_init="one"),
+        "init scale, pre-LN": replace(plain, model=normed, stabilizer="init-scale", gamma_init="one"),
     }
 
 

@@ -119,6 +119,18 @@ def test_the_outside_is_left_as_it_was(tmp_path: Path) -> None:
     assert sys.float_info.min / 2 > 0  # denormals are numbers again
 
 
+def test_init_scale_starts_where_sigma_does_and_is_a_plain_model() -> None:
+    recipe = replace(TINY, stabilizer="sigma", gamma_init="one", model=replace(TINY.model, norm="none"))
+    torch.manual_seed(0)
+    steadied = build_model(recipe)
+    torch.manual_seed(0)
+    control = build_model(replace(recipe, stabilizer="init-scale"))
+    assert type(control.head) is nn.Linear
+    assert not any("gamma" in name for name, _ in control.named_parameters())
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(control(images), steadied(images))
+
+
 def test_sigma_without_norm_is_what_the_recipe_says() -> None:
     recipe = replace(TINY, stabilizer="sigma", gamma_init="one", model=replace(TINY.model, norm="none"))
     model = build_model(recipe)

@@ -48,7 +48,11 @@ def power_iteration(matrix: Tensor, u: Tensor, sizes: Sizes) -> tuple[Tensor, Te
         The unnormalised products ``(W^T W u, W u)`` of shapes (blocks, columns) and (rows,), to be written with
         `store_vectors_`.
     """
-    blocks = list(zip(matrix.to(u.dtype).split(sizes), u.unbind(), strict=True))
+    if len(sizes) == 1:
+        matrix = matrix.to(u.dtype)
+        product = matrix @ u[0]
+        return (product @ matrix).unsqueeze(0), product
+    blocks = list(zip(matrix.to(u.dtype).split(sizes), u, strict=True))
     left = [block @ u_block for block, u_block in blocks]
     right = [z @ block for (block, _), z in zip(blocks, left, strict=True)]
     return torch.stack(right), torch.cat(left)
@@ -60,10 +64,10 @@ def store_vectors_(u: Tensor, v: Tensor, right: Tensor, left: Tensor, sizes: Siz
     A product that is zero or not finite says nothing about direction: that block then keeps its old vectors, so one
     bad step does not poison the rest of a run.
     """
-    for u_block, v_block, right_block, left_block in zip(
-        u.unbind(), v.split(sizes), right.unbind(), left.split(sizes), strict=True
-    ):
+    v_parts, left_parts = ((v,), (left,)) if len(sizes) == 1 else (v.split(sizes), left.split(sizes))
+    for u_block, v_block, right_block, left_block in zip(u, v_parts, right, left_parts, strict=True):
         right_norm, left_norm = right_block.norm(), left_block.norm()
-        usable = torch.isfinite(right_norm) & (right_norm > 0) & (left_norm > 0)
+        product = right_norm * left_norm
+        usable = (product > 0) & (product < torch.inf)  # neither holds for NaN
         u_block.copy_(torch.where(usable, right_block / right_norm, u_block))
         v_block.copy_(torch.where(usable, left_block / left_norm, v_block))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import RecipeError, RunFolderError
 from trimtab.models.vit import ViT
-from trimtab.reparam import SigmaReparam, reparametrize_
+from trimtab.reparam import SigmaReparam, fold_, reparametrize_
 from trimtab.tasks.images.data import ImageData, load_images
 from trimtab.tasks.images.recipes import ImagesRecipe
 from trimtab.train.checkpoint import save_checkpoint
@@ -110,8 +110,10 @@ def train(recipe: ImagesRecipe, folder: str | Path, on_step: Callable[[Progress]
 def build_model(recipe: ImagesRecipe) -> nn.Module:
     """Draw the recipe's model from the global random number generator and apply its stabilizer."""
     model = ViT(recipe.model)
-    if recipe.stabilizer == "sigma":
+    if recipe.stabilizer != "none":
         reparametrize_(model, SigmaReparam(gamma_init=recipe.gamma_init))
+    if recipe.stabilizer == "init-scale":
+        fold_(model)  # weights gamma / sigma(W) · W, and nothing that keeps them so
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from trimtab.errors import RecipeError
 from trimtab.models.vit import ViTConfig
 
-Stabilizer = Literal["none", "sigma"]
+Stabilizer = Literal["none", "sigma", "init-scale"]
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 
@@ -20,9 +20,10 @@ class ImagesRecipe:
     Attributes:
         data: name of the data set, see `trimtab.tasks.images.load_images`.
         model: the ViT.
-        stabilizer: "none", or "sigma" for sigma-Reparam on every layer (Zhai et al., ICML 2023).
+        stabilizer: "none"; "sigma" for sigma-Reparam on every layer (Zhai et al., ICML 2023); or its control
+            "init-scale": every weight starts where "sigma" starts, without the reparametrisation.
         gamma_init: where sigma-Reparam's gamma starts: "spectral" (sigma of the fresh weight, so that the
-            model's function is unchanged), "one", or a number. Used by "sigma" alone.
+            model's function is unchanged), "one", or a number. Not used by "none".
         optimizer: "adamw", or "sgd" with momentum 0.9.
         lr: peak learning rate.
         schedule: "constant", or "cosine" down to zero at the last step; both after the warmup.
