@@ -1,4 +1,4 @@
-"""The digits ViT over learning rates: plain, tuned, controlled and steadied. What README and demo claim comes from here.
+"""The digits ViT over learning rates: plain, tuned, controlled, steadied. README and demo claim what it prints.
 
     python benchmarks/digits_lr.py                # about 20 minutes on 2 cores; killed, it goes on where it was
     python benchmarks/digits_lr.py --seeds 2      # the smallest useful table

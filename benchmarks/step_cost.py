@@ -10,6 +10,7 @@ Writes results/step_cost_<device>.json.
 import argparse
 import copy
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import measure
@@ -101,7 +102,7 @@ def main() -> None:
         kept = saved_bytes(converted, x) / saved_bytes(plain, x)
         tt.fold_(converted)
         with torch.no_grad():
-            folded = measure.paired(lambda m=plain: m(x), lambda m=converted: m(x), arguments.rounds, device)
+            folded = measure.paired(partial(plain, x), partial(converted, x), arguments.rounds, device)
         rows.append({"tokens": tokens, "step": step, "saved": kept, "folded": folded})
         print(
             f"{tokens:6} tokens: step {measure.spread(step)} x plain, saved for backward {kept:.3f} x plain, "
