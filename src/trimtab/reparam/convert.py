@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
 from trimtab.reparam import fastpath
+from trimtab.reparam.carried import Start, as_matrix, carried_names, exact_start
+from trimtab.reparam.classes import carry_, drop_
 from trimtab.reparam.config import FilterFn, SigmaReparam
-from trimtab.reparam.layers import Reparametrized, Start, as_matrix, carried_names, carry_, drop_, exact_start
+from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import Site, choose
 from trimtab.reparam.registry import refresh_vectors_
 from trimtab.spectral import block_sigma
@@ -53,19 +55,13 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
         if id(site.weight) not in starts:
             starts[id(site.weight)] = _start(site, config)
     # Everything is known to be well: from here on the model changes.
-    gammas = {
-        id(site.weight): nn.Parameter(starts[id(site.weight)].gamma, requires_grad=site.weight.requires_grad)
-        for site in sites
-    }
-    by_module: dict[int, tuple[nn.Module, dict[str, tuple[nn.Parameter, Tensor, Tensor, tuple[int, ...]]]]] = {
+    by_module: dict[int, tuple[nn.Module, dict[str, Start]]] = {
         id(module): (module, {}) for module in [*attentions, *(site.module for site in sites)]
     }
     for site in sites:
-        start = starts[id(site.weight)]
-        carried = (gammas[id(site.weight)], start.u, start.v, site.sizes)
-        by_module[id(site.module)][1][site.weight_name] = carried
-    for module, carried_weights in by_module.values():
-        carry_(module, carried_weights)
+        by_module[id(site.module)][1][site.weight_name] = starts[id(site.weight)]
+    for module, its_starts in by_module.values():
+        carry_(module, its_starts)
     fastpath.switch_off_(model)
     return model
 
@@ -84,10 +80,10 @@ def _start(site: Site, config: SigmaReparam) -> Start:
         start = exact_start(as_matrix(site.weight.detach(), site.transposed), site.sizes)
     except ValueError as error:
         raise ConversionError(f"{site.name} cannot be converted: {error}") from error
-    if config.gamma_init == "spectral":
-        return start
-    value = 1.0 if config.gamma_init == "one" else float(config.gamma_init)
-    return start._replace(gamma=torch.full_like(start.gamma, value))
+    gamma = start.gamma
+    if config.gamma_init != "spectral":
+        gamma = torch.full_like(gamma, 1.0 if config.gamma_init == "one" else float(config.gamma_init))
+    return start._replace(gamma=nn.Parameter(gamma, requires_grad=site.weight.requires_grad))
 
 
 def fold_(model: ModelT) -> ModelT:

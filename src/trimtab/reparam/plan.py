@@ -8,8 +8,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from trimtab.errors import ConversionError
+from trimtab.reparam.classes import mixin_of
 from trimtab.reparam.config import FilterFn
-from trimtab.reparam.layers import Reparametrized, mixin_of
+from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.multihead import MultiheadAttention, projection_weights
 from trimtab.spectral import Sizes
 

@@ -4,20 +4,16 @@ Version counters cannot tell when a weight was updated (fused optimisers and ``.
 training shows 0, compilation folds them to constants), so the optimiser's own post-step hook does.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trimtab.reparam.carried import Carried
 from trimtab.spectral import power_iteration, store_vectors_
-
-if TYPE_CHECKING:
-    from trimtab.reparam.layers import Carried, Reparametrized
 
 _alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hook: Any = None
@@ -39,10 +35,10 @@ def discard(module: nn.Module) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if not _alive:
         return
-    by_weight: dict[int, tuple[Reparametrized, str]] = {}
+    by_weight: dict[int, tuple[Any, str]] = {}
     for module in list(_alive):
         for weight_name in module.__dict__.get("_carried_sizes", ()):
-            by_weight[id(getattr(module, weight_name))] = (module, weight_name)  # type: ignore[assignment]
+            by_weight[id(getattr(module, weight_name))] = (module, weight_name)
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
     found = [by_weight[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_weight]
     refresh_vectors_(module.carried(weight_name) for module, weight_name in found)

@@ -24,7 +24,7 @@ def curves(runs: Sequence[Run], lr: float) -> list[Panel]:
     x = axis("optimiser step", **steps)
     charts = {
         "loss": chart(x, axis("nats", type="log", dtick=1, **grid), right=_LABEL),
-        "accuracy": chart(x, axis("share of 1", range=[0, 1.02], **grid), right=_LABEL),
+        "accuracy": chart(x, axis("share of the test set", range=[0, 1.02], **grid), right=_LABEL),
     }
     for column, figure in charts.items():
         ends: dict[Arm, float] = {}
@@ -83,7 +83,7 @@ def sweep(runs: Sequence[Run]) -> Panel:
     """Final accuracy against the learning rate: every run as a point, the median of an arm as a line."""
     rates = learning_rates(runs)
     x = axis("learning rate (logarithmic)", type="log", tickvals=rates, ticktext=[f"{lr:g}" for lr in rates])
-    y = axis("share of 1", range=[0, 1.02], gridcolor=FAINT, showgrid=True)
+    y = axis("share of the test set", range=[0, 1.02], gridcolor=FAINT, showgrid=True)
     figure = chart(x, y, height=360, right=_LABEL)
     ends: dict[Arm, float] = {}
     for arm in ARMS:
