@@ -148,6 +148,17 @@ def test_float64_is_left_alone_by_autocast() -> None:
         assert layer(x).dtype == torch.float64
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv1d(4, 3, 1)], ids=["linear", "conv"])
+def test_another_dtype_without_autocast_is_an_error_as_in_torch(layer: nn.Module) -> None:
+    x = torch.randn(2, 4, 4, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        layer(x)
+    with pytest.raises(
+        RuntimeError, match=r"weight's dtype torch.float32, got torch.bfloat16: cast it, or use autocast"
+    ):
+        reparametrize_(layer)(x)
+
+
 def test_gamma_zero_is_an_ordinary_value() -> None:
     layer, x = reparametrize_(nn.Linear(4, 3).double()), random(2, 4)
     with torch.no_grad():

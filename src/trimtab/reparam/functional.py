@@ -39,7 +39,7 @@ def scaled_linear(
         Shape (..., out), in the input's dtype or in autocast's.
     """
     gamma = _replicated(gamma)
-    dtype = _autocast_dtype(input)
+    dtype = _autocast_dtype(input, weight)
     if dtype is None:
         return _apply(_ScaledLinear, input, weight, bias, gamma, u.clone(), v.clone(), sizes)
     with torch.autocast(input.device.type, enabled=False):
@@ -66,7 +66,7 @@ def scaled_conv(
     vectors are those of torch's convolution of 1, 2 or 3 spatial dimensions.
     """
     arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    dtype = _autocast_dtype(input)
+    dtype = _autocast_dtype(input, weight)
     if dtype is None:
         return _apply(_ScaledConv, input, weight, bias, gamma, u.clone(), v.clone(), arguments)
     with torch.autocast(input.device.type, enabled=False):
@@ -81,12 +81,16 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
     return output
 
 
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+def _autocast_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
     """Return the dtype autocast would compute in here, or None where it leaves the input alone."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if input.dtype != weight.dtype:
+        raise RuntimeError(
+            f"expected an input of the weight's dtype {weight.dtype}, got {input.dtype}: cast it, or use autocast"
+        )
+    return None
 
 
 def _replicated(gamma: Tensor) -> Tensor:
@@ -104,9 +108,19 @@ def _times(tensor: Tensor, scale: Tensor) -> Tensor:
     return (tensor * scale).to(tensor.dtype)
 
 
-class _ScaledLinear(torch.autograd.Function):
+class _Scaled(torch.autograd.Function):
+    """What both have in common: input, weight and small things are saved; no second weight."""
+
     generate_vmap_rule = True
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, gamma, u, v, ctx.options = inputs
+        ctx.save_for_backward(input, weight, gamma, u, v)
+        ctx.has_bias = bias is not None
+
+
+class _ScaledLinear(_Scaled):
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
@@ -125,16 +139,10 @@ class _ScaledLinear(torch.autograd.Function):
         return output if bias is None else output + bias
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, gamma, u, v, sizes = inputs
-        ctx.save_for_backward(input, weight, gamma, u, v)
-        ctx.sizes, ctx.has_bias = sizes, bias is not None
-
-    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         input, weight, gamma, u, v = ctx.saved_tensors
-        sizes: Sizes = ctx.sizes
+        sizes: Sizes = ctx.options
         need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
         sigma = block_sigma(weight, u, v, sizes)
         d_input = d_weight = d_bias = d_gamma = None
@@ -208,9 +216,7 @@ def _inner_products(a: Tensor, b: Tensor, dtype: torch.dtype, sizes: Sizes) -> T
     return torch.stack([part.sum() for part in rows.split(sizes)])
 
 
-class _ScaledConv(torch.autograd.Function):
-    generate_vmap_rule = True
-
+class _ScaledConv(_Scaled):
     @staticmethod
     def forward(
         input: Tensor,
@@ -231,16 +237,10 @@ class _ScaledConv(torch.autograd.Function):
         return torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(shape), groups)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, gamma, u, v, arguments = inputs
-        ctx.save_for_backward(input, weight, gamma, u, v)
-        ctx.arguments, ctx.has_bias = arguments, bias is not None
-
-    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         input, weight, gamma, u, v = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.arguments
+        stride, padding, dilation, groups = ctx.options
         need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
         sizes = (weight.shape[0],)
         matrix = weight.flatten(1)
