@@ -1,7 +1,9 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -68,6 +70,8 @@ def test_train_trains_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "vit-digits", "--lr", "-1"], "lr must be a positive number, got -1.0"),
         (["train", "vit-digits", "--watch-every", "7"], "eval_every must be a multiple of watch_every"),
         (["train", "vit-digits", "--data", "digit"], "unknown image data set 'digit'. Did you mean 'digits'?"),
+        (["train", "vit-digits", "--seed", "99999999999999999999"], "seed must be at least 0 and below 2^63"),
+        (["train", "--folder", "x"], "a recipe's name comes first"),
         (["train", "vit-fashion"], "set TRIMTAB_DATA to the folder that holds it"),
     ],
 )
@@ -116,6 +120,26 @@ def test_an_unwritable_folder_is_an_error_not_a_traceback(tmp_path: Path, capsys
     words = ["train", "vit-digits", "--steps", "1", "--folder", str(tmp_path / "file" / "run")]
     assert main(words) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_too_little_memory_is_an_error_not_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "vit-digits", "--folder", str(tmp_path / "run")]
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr("trimtab.train.loop.build_model", Mock(side_effect=error))
+        assert main(words) == 2
+        assert "not enough memory" in capsys.readouterr().err
+    monkeypatch.setattr("trimtab.train.loop.build_model", Mock(side_effect=RuntimeError("a bug of ours")))
+    with pytest.raises(RuntimeError, match="a bug of ours"):  # what is no user's error keeps its traceback
+        main(words)
+
+
+def test_a_terminal_without_unicode_is_written_to_all_the_same() -> None:
+    command = [sys.executable, "-m", "trimtab.cli", "train"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0
+    assert b"vit-digits" in done.stdout
 
 
 def test_ctrl_c_is_exit_code_130(

@@ -4,6 +4,8 @@ Heavy imports wait until a command needs them. An error that a user can act on i
 """
 
 import difflib
+import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 when all went well, 2 for an error the user can act on, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or σ shows ? instead of ending the run
     try:
         return _run(words)
     except SystemExit as end:  # tyro has printed its message
@@ -51,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"this command needs {error.name}: pip install 'trimtab[lab]'")
     except (TrimtabError, OSError) as error:
         return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        return _fail("there is not enough memory for this model and batch: make them smaller")
 
 
 def _run(words: list[str]) -> int:
@@ -101,6 +110,8 @@ def _train(words: list[str]) -> int:
         print("\n  trimtab train NAME --help tells a recipe's fields and their defaults.")
         return 0
     name = words[0]
+    if name.startswith("-"):
+        raise RecipeError(f"a recipe's name comes first, then {name}: trimtab train NAME {' '.join(words)}")
     if name not in RECIPES:
         raise RecipeError(_unknown("recipe", name, list(RECIPES)))
 
@@ -139,7 +150,7 @@ def _show(batch_size: int) -> Callable[["Progress"], None]:
         parts = [f"step {now.step}/{now.steps}", f"loss {now.loss:.4f}", f"lr {now.lr:.3g}"]
         if now.accuracy is not None:
             parts.append(f"accuracy {now.accuracy:.4f}")
-        if now.entropy_min is not None:
+        if now.entropy_min is not None and math.isfinite(now.entropy_min):
             parts.append(f"lowest entropy {now.entropy_min:.3f}")
         parts.append(f"{speed * batch_size:,.0f} samples/s")
         parts.append(f"{(now.steps - now.step) / speed:.0f} s left")

@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -432,3 +433,146 @@ def test_a_wrong_input_shape_is_reported_by_the_layer() -> None:
     conv = tt.reparametrize_(nn.Conv2d(3, 4, 2))
     with pytest.raises(ValueError, match=r"expected input of shape \(B, C, 2 spatial sizes\)"):
         conv(torch.randn(5))
+
+
+# --- Faults found by using it: each was once wrong, silently or with an obscure message ------------------------------
+
+
+def gammas_(model: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.mul_(factor)
+
+
+def test_tied_layers_stay_in_step_after_a_cast() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    tt.reparametrize_(model).double()  # torch moves buffers module by module, which unties them
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    x = torch.randn(16, 8, dtype=torch.float64)
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(model[0].sigma_u, model[2].sigma_u)
+    y = model(x)
+    tt.fold_(model)
+    assert relative(model(x), y) < 1e-12
+
+
+def test_two_parameters_in_one_memory_are_one_weight() -> None:
+    embed, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+    head.weight.data = embed.weight.data
+    with pytest.raises(tt.ConversionError, match="shared weights are left alone"):
+        tt.reparametrize_(nn.Sequential(embed, head))
+    twins = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    twins[1].weight.data = twins[0].weight.data
+    tt.reparametrize_(twins)
+    gammas_(nn.Sequential(twins[0]), 1.5)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    y = twins(x)
+    assert relative(tt.fold_(twins)(x), y) < 1e-12
+
+
+class OwnConvForward(nn.Conv1d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
+def test_a_convolution_with_its_own_conv_forward_is_refused() -> None:
+    with pytest.raises(tt.ConversionError, match="forward of its own"):
+        tt.reparametrize_(nn.Sequential(nn.Linear(2, 2), OwnConvForward(3, 4, 2)))
+
+
+def test_a_forward_replaced_on_the_object_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda x: x
+    with pytest.raises(tt.ConversionError, match="replaced on this very object"):
+        tt.reparametrize_(model)
+
+
+class Demanding(nn.Linear):
+    def __init_subclass__(cls, *, tag: int, **options: object) -> None:
+        super().__init_subclass__(**options)
+
+
+def test_a_class_that_cannot_be_subclassed_is_found_out_before_anything_is_touched() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), Demanding(3, 3))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="tag"):
+        tt.reparametrize_(model)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("inside", [prune.l1_unstructured, None], ids=["pruning", "parametrization"])
+def test_folding_below_a_parametrization_put_on_later_is_refused(inside: Callable[..., object] | None) -> None:
+    model = tt.reparametrize_(nn.Sequential(nn.Linear(4, 4)))
+    if inside is None:
+        parametrizations.weight_norm(model[0])
+    else:
+        inside(model[0], "weight", 0.3)
+    with pytest.raises(tt.ConversionError, match=r"0\.weight is no parameter of its own any more"):
+        tt.fold_(model)
+
+
+def test_autocast_around_our_calls_changes_nothing() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 64)
+    expected = tt.effective_weight(tt.reparametrize_(copy.deepcopy(plain)))
+    x = torch.randn(32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = tt.reparametrize_(copy.deepcopy(plain))
+        assert layer.gamma.dtype == torch.float32
+        assert torch.equal(tt.effective_weight(layer), expected)
+        loss = layer(x).float().square().mean()
+    grads = [torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        grads.append(torch.autograd.grad(loss, list(layer.parameters())))
+        tt.fold_(layer)
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+    torch.testing.assert_close(layer.weight, expected, rtol=0, atol=0)
+
+
+def test_a_model_on_meta_takes_a_plain_checkpoint_by_assignment() -> None:
+    plain, x = mixed()
+    other = tt.reparametrize_(Mixed()).to("meta")
+    other.load_state_dict(plain.state_dict(), assign=True)
+    assert relative(other(x), plain(x)) < 1e-5
+    assert "gamma" in dict(other.head.named_parameters())
+
+
+def test_a_half_precision_file_leaves_gamma_and_vectors_in_float32() -> None:
+    model = tt.reparametrize_(nn.Linear(4, 3))
+    state = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert model.weight.dtype == torch.bfloat16
+    assert model.gamma.dtype == model.sigma_u.dtype == model.sigma_v.dtype == torch.float32
+    assert isinstance(model.gamma, nn.Parameter)
+
+
+def test_another_default_device_does_not_matter() -> None:
+    layer = nn.Linear(200, 200)
+    with torch.device("meta"):
+        tt.reparametrize_(layer)
+    assert layer.sigma_u.device.type == "cpu"
+
+
+def test_conversion_in_inference_mode_can_be_trained() -> None:
+    layer = nn.Linear(4, 3)
+    with torch.inference_mode():
+        tt.reparametrize_(layer)
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.gamma.grad is not None
+
+
+def test_numbers_of_numpy_are_numbers_and_too_large_ones_are_refused() -> None:
+    layer = tt.reparametrize_(nn.Linear(2, 2), tt.SigmaReparam(np.float32(2)))
+    assert float(layer.gamma.detach()) == 2
+    with pytest.raises(ValueError, match="that float32 can hold"):
+        tt.SigmaReparam(1e39)
+
+
+def test_describe_refuses_what_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"expected an nn\.Module"):
+        tt.describe(3)

@@ -313,3 +313,34 @@ def test_encoder_layers_without_norms() -> None:
     tt.fold_(model)
     with torch.no_grad():  # the norms are gone for good, and with them the fast path
         torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], training[~padding])
+
+
+@pytest.mark.parametrize("part", ["self_attn", "linear1", "linear2"])
+def test_a_part_converted_by_itself_leaves_the_fast_path_too(part: str) -> None:
+    model, x, _ = encoder()
+    for layer in model.layers:
+        tt.reparametrize_(layer.get_submodule(part))
+    halve_gammas_(model)
+    training = model(x)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), training)
+    for layer in model.layers:
+        tt.fold_(layer.get_submodule(part))
+        assert not layer.get_submodule(part)._forward_pre_hooks
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), training)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_attention_converted_by_itself_refuses_nested_input() -> None:
+    model, x, padding = encoder()
+    tt.reparametrize_(model.layers[0].self_attn)
+    model.eval()
+    with torch.no_grad(), pytest.raises(ValueError, match=r"convert the whole nn\.TransformerEncoder"):
+        model(x, src_key_padding_mask=padding)
+
+
+def test_an_output_projection_by_itself_is_refused() -> None:
+    with pytest.raises(tt.ConversionError, match="output projection of an attention module"):
+        tt.reparametrize_(make().out_proj)

@@ -48,3 +48,10 @@ def test_refusals() -> None:
         tt.remove_norms_(nn.LayerNorm(2))
     with pytest.raises(TypeError, match=r"expected an nn\.Module"):
         tt.remove_norms_(3)
+
+
+def test_one_norm_under_two_names_of_one_parent() -> None:
+    model = nn.Module()
+    model.first = model.second = nn.LayerNorm(4)
+    tt.remove_norms_(model)
+    assert type(model.first) is type(model.second) is nn.Identity

@@ -26,7 +26,7 @@ def test_a_plain_module_is_written_folded_and_loads_strictly(tmp_path: Path) -> 
 
 
 def test_a_plain_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(tt.ConversionError, match="nothing to fold"):
+    with pytest.raises(tt.ConversionError, match="no layer of this model is converted"):
         tt.save_pretrained(nn.Linear(2, 2), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

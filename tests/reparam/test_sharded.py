@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import trimtab as tt
+from trimtab.reparam import sigma_gamma
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 
@@ -85,6 +86,14 @@ def fsdp2(rank: int) -> None:
     with torch.no_grad():
         loss = (model(x) - y).square().mean()
     assert loss < expected[0]
+    with pytest.raises(tt.ConversionError, match="is sharded"):
+        tt.fold_(model)
+    model.reshard()
+    with pytest.raises(tt.ConversionError, match="is sharded"):
+        tt.fold_(model)
+    for name, (sigma, gamma) in sigma_gamma(model).items():  # so that a sharded model can be watched and described
+        torch.testing.assert_close((sigma, gamma), sigma_gamma(reference)[name], rtol=1e-9, atol=1e-9)
+    assert "converted" in tt.describe(model)
 
 
 def tensor_parallel(rank: int) -> None:

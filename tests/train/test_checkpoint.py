@@ -85,5 +85,21 @@ def test_another_model_is_refused_before_it_is_touched(tmp_path: Path, other: st
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     safetensors.torch.save_file(model(0).state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"expected format 'trimtab\.1', got None"):
+    with pytest.raises(CheckpointError, match=r"expected format 'trimtab\.1' and a step"):
         load_checkpoint(path, model(0))
+
+
+def test_tied_weights_are_written_and_come_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    save_checkpoint(tmp_path / "x", model, 1)
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    other[1].weight = other[0].weight
+    load_checkpoint(tmp_path / "x", other)
+    assert torch.equal(other[1].weight, model[0].weight)
+
+
+def test_a_file_without_its_step_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file(nn.Linear(2, 2).state_dict(), tmp_path / "x", metadata={"format": "trimtab.1"})
+    with pytest.raises(CheckpointError, match="and a step"):
+        load_checkpoint(tmp_path / "x", nn.Linear(2, 2))

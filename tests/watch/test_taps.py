@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trimtab.attention import attention_stats_reference
+from trimtab.reparam import reparametrize_
 from trimtab.watch import Watch
 
 
@@ -306,3 +307,31 @@ def test_a_gradient_scale_left_to_the_optimizer_is_taken_out(tmp_path) -> None:
         optimizer.step()
         watch.step(1.0)
     assert watch.last["grad_norm"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+def test_gradients_that_a_closure_computes_are_those_of_this_step(tmp_path, kind) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = kind(model.parameters(), lr=0.01)
+    with Watch(model, tmp_path, every=1) as watch:
+        for size in (1.0, 2.0, 3.0):
+            x = torch.full((4, 3), size)
+
+            def closure(x=x) -> Tensor:
+                optimizer.zero_grad()
+                loss = model(x).square().sum()
+                loss.backward()
+                return loss
+
+            watch.step(optimizer.step(closure))
+            expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+            assert watch.last["grad_norm"] == pytest.approx(expected)
+
+
+def test_converted_attention_that_returns_its_weights_is_listed_too(tmp_path) -> None:
+    model = reparametrize_(nn.Sequential(nn.MultiheadAttention(8, 2)))
+    model.forward = lambda x: model[0](x, x, x)[0]
+    with Watch(model, tmp_path, every=1) as watch:
+        model(torch.randn(5, 3, 8))
+        watch.step(1.0)
+    assert watch.unseen == {"0": "it returns its weights; call it with need_weights=False"}

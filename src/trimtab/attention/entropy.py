@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 
 # Logits held at once: 4 MB in float32, enough for an efficient matrix product and little beside any model.
 _LOGITS_AT_ONCE = 2**20
@@ -221,7 +220,8 @@ def _check_mask(attn_mask: Tensor, shape: tuple[int, ...], is_causal: bool, devi
         raise ValueError("got both attn_mask and is_causal=True: put the causal part into the mask, or drop one")
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"expected attn_mask to be a tensor or None, got {type(attn_mask).__name__}")
-    if isinstance(attn_mask, CausalBias):  # its numbers are never set: torch reads its kind alone
+    # Known by name, because its module is heavy to import. Its numbers are never set: torch reads its kind alone.
+    if type(attn_mask).__name__ == "CausalBias":
         raise TypeError("expected attn_mask as a plain tensor, got a CausalBias: pass the boolean mask it stands for")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(

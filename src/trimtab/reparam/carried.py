@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from trimtab.spectral import Sizes, block_sigma, spectral_norm
 
@@ -30,6 +31,34 @@ class Carried(NamedTuple):
     def sigma(self) -> Tensor:
         """Return v^T W u of each block, shape (blocks,)."""
         return block_sigma(self.matrix, self.u, self.v, self.sizes)
+
+    def replicated(self) -> "Carried":
+        """Return the same with the vectors as replicas on the mesh of a sharded weight; otherwise itself."""
+        if not is_sharded(self.weight) or is_sharded(self.u):
+            return self
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = self.weight.device_mesh  # type: ignore[attr-defined]
+        u, v = (DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False) for t in (self.u, self.v))
+        return self._replace(u=u, v=v)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor is a DTensor, without loading torch's distributed tensors to find out."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a sharded tensor (every process must ask), and any other tensor as it is."""
+    everything: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return everything
+
+
+def memory_of(parameter: Tensor) -> int:
+    """Return a number that is the same for two parameters exactly when they are one, or lie in the same memory."""
+    if is_lazy(parameter) or parameter.is_meta or is_sharded(parameter) or parameter.numel() == 0:
+        return id(parameter)
+    return parameter.data_ptr()
 
 
 def carried_names(weight_name: str) -> tuple[str, str, str]:
@@ -59,7 +88,7 @@ def exact_start(matrix: Tensor, sizes: Sizes) -> Start:
         ValueError: if the matrix is sharded or on the meta device, not floating, empty, zero or not finite; the
             message says which and what to do.
     """
-    if hasattr(matrix, "device_mesh"):
+    if is_sharded(matrix):
         raise ValueError("it is sharded already: convert (or load) first, then shard")
     if matrix.is_meta:
         raise ValueError("it is on the meta device: give it values first, then convert")

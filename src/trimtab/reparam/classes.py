@@ -71,7 +71,8 @@ def mixin_of(plain: type[nn.Module]) -> type[Reparametrized] | None:
         (nn.MultiheadAttention, MultiheadAttention),
     ]
     for base, mixin in known:
-        if issubclass(plain, base) and plain.forward is base.forward:
+        forwards = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
+        if issubclass(plain, base) and all(getattr(plain, name) is getattr(base, name) for name in forwards):
             return mixin
     if plain.__name__ == "Conv1D" and plain.__module__ == "transformers.pytorch_utils":
         return TransposedLinear

@@ -1,14 +1,18 @@
 """What sigma-Reparam can be asked for."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
+import torch
 from torch import nn
 
 FilterFn = Callable[[nn.Module, str], bool]
 """Says of a layer and its dotted name whether it is meant."""
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class SigmaReparam:
     gamma_init: Literal["spectral", "one"] | float = "spectral"
 
     def __post_init__(self) -> None:
-        value = self.gamma_init
-        if isinstance(value, bool) or not isinstance(value, str | float | int):
+        value: object = self.gamma_init
+        if isinstance(value, bool) or not isinstance(value, str | Real):
             raise ValueError(f'gamma_init: expected "spectral", "one" or a number, got {value!r}')
         if isinstance(value, str) and value not in ("spectral", "one"):
             raise ValueError(f'gamma_init: expected "spectral", "one" or a number, got "{value}"')
-        if isinstance(value, float | int) and not math.isfinite(value):
-            raise ValueError(f"gamma_init: expected a finite number, got {value}")
+        if isinstance(value, Real) and not abs(float(value)) <= _LARGEST:
+            raise ValueError(f"gamma_init: expected a number that float32 can hold, got {value}")

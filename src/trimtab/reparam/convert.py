@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
 from trimtab.reparam import fastpath
-from trimtab.reparam.carried import Start, as_matrix, carried_names, exact_start
-from trimtab.reparam.classes import carry_, drop_
+from trimtab.reparam.carried import Start, as_matrix, carried_names, exact_start, is_sharded, memory_of, whole
+from trimtab.reparam.classes import carry_, converted_class, drop_
 from trimtab.reparam.config import FilterFn, SigmaReparam
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import Site, choose
 from trimtab.reparam.registry import refresh_vectors_
-from trimtab.spectral import block_sigma
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -43,23 +42,24 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
             The model is then exactly as it was.
         TypeError: if the model is not a module or config not a SigmaReparam.
     """
-    _expect_module(model)
+    expect_module(model)
     if config is None:
         config = SigmaReparam()
     if not isinstance(config, SigmaReparam):
         raise TypeError(f"config: expected a SigmaReparam, got {type(config).__name__}; pass filter_fn by name")
     sites, attentions = choose(model, filter_fn)
     starts: dict[int, Start] = {}
-    for site in sites:
-        _check_free(site)
-        if id(site.weight) not in starts:
-            starts[id(site.weight)] = _start(site, config)
+    by_module: dict[int, tuple[nn.Module, dict[str, Start]]] = {id(module): (module, {}) for module in attentions}
+    with torch.inference_mode(False):  # what is made here will be trained
+        for site in sites:
+            _check_free(site)
+            memory = memory_of(site.weight)
+            if memory not in starts:
+                starts[memory] = _start(site, config)
+            by_module.setdefault(id(site.module), (site.module, {}))[1][site.weight_name] = starts[memory]
+    for module, _ in by_module.values():
+        converted_class(type(module))
     # Everything is known to be well: from here on the model changes.
-    by_module: dict[int, tuple[nn.Module, dict[str, Start]]] = {
-        id(module): (module, {}) for module in [*attentions, *(site.module for site in sites)]
-    }
-    for site in sites:
-        by_module[id(site.module)][1][site.weight_name] = starts[id(site.weight)]
     for module, its_starts in by_module.values():
         carry_(module, its_starts)
     fastpath.switch_off_(model)
@@ -99,8 +99,8 @@ def fold_(model: ModelT) -> ModelT:
         The model.
 
     Raises:
-        ConversionError: if nothing in it is converted, or a weight or gamma is not finite or sigma is not positive;
-            the model is then as it was.
+        ConversionError: if nothing in it is converted, or a weight is not finite, sharded, or no parameter of its
+            own any more; the model is then as it was.
         TypeError: if the model is not a module.
     """
     converted = _converted(model, "nothing to fold: no layer of this model is converted (or it was folded before)")
@@ -108,18 +108,28 @@ def fold_(model: ModelT) -> ModelT:
     with torch.no_grad():
         for name, module in converted:
             for weight_name in module._carried_sizes:
-                weight = module.carried(weight_name).weight
-                if id(weight) in folded:
+                full_name = f"{name}.{weight_name}".lstrip(".")
+                weight = module._parameters.get(weight_name)
+                if weight is None:
+                    raise ConversionError(
+                        f"{full_name} is no parameter of its own any more: take the parametrization (or pruning) off"
+                    )
+                if is_sharded(weight) or _is_fsdp(model):
+                    raise ConversionError(
+                        f"{full_name} is sharded: load the full state dict into a converted model of one process and "
+                        "fold that"
+                    )
+                if memory_of(weight) in folded:
                     continue
                 value = module.scaled(weight_name)
                 if not bool(torch.isfinite(value).all()):
                     raise ConversionError(
-                        f"{name}.{weight_name}".lstrip(".") + " is not finite once scaled by gamma / sigma: "
+                        f"{full_name} is not finite once scaled by gamma / sigma: "
                         "fold a checkpoint from before the run diverged"
                     )
-                folded[id(weight)] = (weight, value)
-        for weight, value in folded.values():
-            weight.copy_(value)
+                folded[memory_of(weight)] = (weight, value)
+        for plain, value in folded.values():
+            plain.copy_(value)
     for _, module in converted:
         drop_(module)
     fastpath.restore_(model)
@@ -177,7 +187,7 @@ def effective_weight(module: nn.Module, name: str | None = None) -> Tensor:
         ValueError: if the layer has no such weight, or several and none is named.
         TypeError: if the module is not a module.
     """
-    _expect_module(module)
+    expect_module(module)
     carried = list(module._carried_sizes) if isinstance(module, Reparametrized) else []
     weights = [key for key, p in module._parameters.items() if p is not None and key.endswith("weight")]
     candidates = carried or weights
@@ -192,26 +202,34 @@ def effective_weight(module: nn.Module, name: str | None = None) -> Tensor:
 
 
 def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (sigma, gamma) of every converted weight by its dotted name, each of shape (blocks,), detached."""
+    """Return (sigma, gamma) of every converted weight by its dotted name, each of shape (blocks,), detached.
+
+    Of sharded weights every process gets all values; every process must ask.
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, Reparametrized):
                 for weight_name in module._carried_sizes:
-                    c = module.carried(weight_name)
+                    c = module.carried(weight_name).replicated()
                     key = f"{name}.{weight_name}".lstrip(".")
-                    found[key] = (block_sigma(c.matrix, c.u, c.v, c.sizes), c.gamma.detach().clone())
+                    found[key] = (whole(c.sigma()).detach(), whole(c.gamma.detach()).clone())
     return found
 
 
+def _is_fsdp(model: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
+
+
 def _converted(model: nn.Module, complaint: str) -> list[tuple[str, Reparametrized]]:
-    _expect_module(model)
+    expect_module(model)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, Reparametrized)]
     if not found:
         raise ConversionError(complaint)
     return found
 
 
-def _expect_module(model: object) -> None:
+def expect_module(model: object) -> None:
+    """Raise a TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")

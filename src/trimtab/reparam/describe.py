@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from trimtab.reparam.convert import sigma_gamma
+from trimtab.reparam.convert import expect_module, sigma_gamma
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.norms import is_norm
 
@@ -15,7 +15,11 @@ def describe(model: nn.Module) -> str:
 
     Returns:
         Lines of text: dotted name, class, shape, and either sigma and gamma or the reason why it was left alone.
+
+    Raises:
+        TypeError: if the model is not a module.
     """
+    expect_module(model)
     values = sigma_gamma(model)
     holders: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():

@@ -13,6 +13,8 @@ _MEMORY = "_fast_path_before"
 
 def switch_off_(model: nn.Module) -> None:
     """Switch the fast path off in every encoder layer and encoder that holds a converted layer or lost a norm."""
+    if isinstance(model, Reparametrized):
+        model.register_forward_pre_hook(keep_out)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and _must_be_off(module):
             name = _switch(module)
@@ -21,8 +23,18 @@ def switch_off_(model: nn.Module) -> None:
             setattr(module, name, False)
 
 
+def keep_out(module: nn.Module, args: object) -> None:
+    """Do nothing, as a forward pre-hook: an encoder layer takes its fast path only while no part of it has hooks.
+
+    For a layer converted by itself, whose encoder layer, if it sits in one, cannot be seen from it.
+    """
+
+
 def restore_(model: nn.Module) -> None:
     """Give the fast path back to layers that hold no converted layer any more and still have their norms."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is keep_out:
+            del model._forward_pre_hooks[key]
     for module in model.modules():
         if _MEMORY in module.__dict__ and not _must_be_off(module):
             setattr(module, _switch(module), module.__dict__.pop(_MEMORY))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.spectral import Sizes, block_sigma, per_row
+from trimtab.spectral import Sizes, block_sigma, full_precision, per_row
 
 
 def scaled_linear(
@@ -140,7 +140,11 @@ class _ScaledLinear(_Scaled):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        with full_precision(grads[0]):  # also where backward is called under autocast
+            return _ScaledLinear.gradients(ctx, grads[0])
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, gamma, u, v = ctx.saved_tensors
         sizes: Sizes = ctx.options
         need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
@@ -238,7 +242,11 @@ class _ScaledConv(_Scaled):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        with full_precision(grads[0]):  # also where backward is called under autocast
+            return _ScaledConv.gradients(ctx, grads[0])
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, gamma, u, v = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]

@@ -31,7 +31,7 @@ class Reparametrized(nn.Module):
 
     def scaled(self, weight_name: str) -> Tensor:
         """Return gamma / sigma · W in the shape and dtype of the weight; differentiable in both."""
-        c = self.carried(weight_name)
+        c = self.carried(weight_name).replicated()
         scale = per_row(c.gamma / c.sigma(), c.sizes)
         shape = (1, -1) if self.transposed else (-1,) + (1,) * (c.weight.ndim - 1)
         return (c.weight * scale.reshape(shape)).to(c.weight.dtype)
@@ -74,15 +74,26 @@ class Reparametrized(nn.Module):
                     self._start_as_plain(weight_name)
                 except ValueError as error:
                     error_msgs.append(f"{prefix}{weight_name} comes from a plain checkpoint: {error}")
+            for name in carried_names(weight_name):
+                tensor = getattr(self, name)
+                if torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:  # a half-precision file, assigned
+                    self._put(name, tensor.detach().float(), tensor.requires_grad)
         missing_keys.extend(absent)
 
     def _start_as_plain(self, weight_name: str) -> None:
         """Give a freshly loaded plain weight the gamma and vectors with which it computes what it did."""
         c = self.carried(weight_name)
         start = exact_start(c.matrix.detach(), c.sizes)
-        with torch.no_grad():
-            for live, value in ((c.u, start.u), (c.v, start.v), (c.gamma, start.gamma)):
-                live.copy_(value)
+        for name, value in zip(carried_names(weight_name), (start.gamma, start.u, start.v), strict=True):
+            live: Tensor = getattr(self, name)
+            if live.is_meta:
+                self._put(name, value, live.requires_grad)
+            else:
+                live.data.copy_(value)
+
+    def _put(self, name: str, value: Tensor, requires_grad: bool) -> None:
+        is_parameter = name in self._parameters
+        setattr(self, name, nn.Parameter(value, requires_grad) if is_parameter else value)
 
 
 class Linear(Reparametrized):

@@ -46,6 +46,8 @@ class MultiheadAttention(Reparametrized):
                 "expected query, key and value all of 3 dimensions, or all of 2 for unbatched input; got shapes "
                 f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
             )
+        if query.is_nested:
+            raise ValueError("expected dense tensors, got nested ones: convert the whole nn.TransformerEncoder")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is only a hint about attn_mask: pass the mask as well")
         batched = query.ndim == 3

@@ -43,7 +43,7 @@ def remove_norms_(model: nn.Module, filter_fn: FilterFn | None = None) -> nn.Mod
             "found no norm layer to remove" + ("" if filter_fn is None else " that filter_fn accepts")
         )
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() would skip a second name for the same norm
             if id(child) in chosen:
                 setattr(parent, name, nn.Identity())
     fastpath.switch_off_(model)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trimtab.errors import ConversionError
+from trimtab.reparam.carried import memory_of
 from trimtab.reparam.classes import mixin_of
 from trimtab.reparam.config import FilterFn
 from trimtab.reparam.layers import Reparametrized
@@ -70,17 +72,16 @@ def choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Site], li
             raise ConversionError(
                 f"{name or 'the model'} is already converted: fold_ it first, or leave it out with filter_fn"
             )
-        reason = _cannot(module)
+        reason = _cannot(module) or _misses_its_attention(module, model)
         if reason:
+            way_out = f". Leave it out: filter_fn=lambda module, name: name != {name!r}" if name else ""
             raise ConversionError(
-                f"{name or 'the model'} ({type(module).__name__}) cannot be converted: {reason}. "
-                "Leave it out with filter_fn, for instance "
-                f"filter_fn=lambda module, name: name != {name!r}"
+                f"{name or 'the model'} ({type(module).__name__}) cannot be converted: {reason}{way_out}"
             )
         chosen.add(id(module))
         sites.extend(Site(module, name, weight_name, sizes) for weight_name, sizes in _weights(module))
     shared = shared_with(model, {(id(site.module), site.weight_name) for site in sites})
-    kept = [site for site in sites if id(site.weight) not in shared]
+    kept = [site for site in sites if memory_of(site.weight) not in shared]
     if not kept:
         raise ConversionError(_nothing_chosen(sites, shared, filter_fn))
     owners = {id(site.module) for site in kept}
@@ -101,12 +102,12 @@ def choose(model: nn.Module, filter_fn: FilterFn | None) -> tuple[list[Site], li
 
 
 def shared_with(model: nn.Module, chosen: set[tuple[int, str]]) -> dict[int, str]:
-    """Return, for each parameter that a place outside ``chosen`` also holds, the dotted name of such a place."""
-    inside = {id(p) for m, name, p in _places(model).values() if (id(m), name) in chosen}
+    """Return, by its memory, each parameter that a place outside ``chosen`` also holds, with that place's name."""
+    inside = {memory_of(p) for m, name, p in _places(model).values() if (id(m), name) in chosen}
     return {
-        id(p): dotted
+        memory_of(p): dotted
         for dotted, (m, name, p) in _places(model).items()
-        if id(p) in inside and (id(m), name) not in chosen
+        if memory_of(p) in inside and (id(m), name) not in chosen
     }
 
 
@@ -126,6 +127,8 @@ def _holds_matrices(module: nn.Module) -> bool:
 
 def _cannot(module: nn.Module) -> str | None:
     """Say why a layer that holds matrices cannot be converted, or None if it can."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on this very object, so the converted one would not be called"
     if isinstance(module, LazyModuleMixin):
         return "it has no weight yet: run one forward first"
     if isinstance(module, _ConvTransposeNd):
@@ -138,6 +141,14 @@ def _cannot(module: nn.Module) -> str | None:
     if absent:
         return f"its {absent[0]} is not a parameter of its own (a parametrization, pruning or weight norm sits on it)"
     return None
+
+
+def _misses_its_attention(module: nn.Module, model: nn.Module) -> str | None:
+    if not isinstance(module, NonDynamicallyQuantizableLinear):  # what nn.MultiheadAttention makes its out_proj of
+        return None
+    if any(isinstance(m, nn.MultiheadAttention) and m.out_proj is module for m in model.modules()):
+        return None
+    return "it is the output projection of an attention module, which reads its weight past it: convert that module"
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, Sizes]]:
@@ -156,7 +167,7 @@ def _nothing_chosen(sites: list[Site], shared: dict[int, str], filter_fn: Filter
     if sites:
         return (
             f"every weight chosen is shared with a layer that is not ({sites[0].name} with "
-            f"{shared[id(sites[0].weight)]}), and shared weights are left alone"
+            f"{shared[memory_of(sites[0].weight)]}), and shared weights are left alone"
         )
     if filter_fn is not None:
         return "filter_fn accepts no layer that can be converted: it is called with (module, dotted name)"

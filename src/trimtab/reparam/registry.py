@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from trimtab.reparam.carried import Carried
-from trimtab.spectral import power_iteration, store_vectors_
+from trimtab.reparam.carried import Carried, is_sharded
+from trimtab.spectral import full_precision, power_iteration, store_vectors_
 
 _alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hook: Any = None
@@ -35,28 +35,28 @@ def discard(module: nn.Module) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if not _alive:
         return
-    by_weight: dict[int, tuple[Any, str]] = {}
+    by_weight: dict[int, list[tuple[Any, str]]] = {}
     for module in list(_alive):
         for weight_name in module.__dict__.get("_carried_sizes", ()):
-            by_weight[id(getattr(module, weight_name))] = (module, weight_name)
+            by_weight.setdefault(id(getattr(module, weight_name)), []).append((module, weight_name))
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
-    found = [by_weight[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in by_weight]
-    refresh_vectors_(module.carried(weight_name) for module, weight_name in found)
+    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in by_weight]
+    refresh_vectors_(module.carried(weight_name) for p in held for module, weight_name in by_weight[id(p)])
 
 
 @torch.no_grad()
 def refresh_vectors_(carried: Iterable[Carried]) -> None:
-    """Move the vectors of each weight by one power iteration; a weight that several modules share moves once."""
+    """Move the vectors of each weight by one power iteration; vectors that several modules share move once."""
     sharded: list[Carried] = []
     seen: set[int] = set()
     for c in carried:
         if id(c.u) in seen or c.weight.is_meta:
             continue
         seen.add(id(c.u))
-        if hasattr(c.weight, "device_mesh"):
+        if is_sharded(c.weight):
             sharded.append(c)
             continue
-        with torch.autocast(c.weight.device.type, enabled=False):
+        with full_precision(c.weight):
             right, left = power_iteration(c.matrix, c.u, c.sizes)
             store_vectors_(c.u, c.v, right, left, c.sizes)
     if sharded:
@@ -69,5 +69,5 @@ def refresh_vectors_(carried: Iterable[Carried]) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's own copy of a replicated tensor."""
-    own: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
+    own: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return own

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.reparam.convert import fold_
+from trimtab.reparam.convert import fold_, sigma_gamma
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:
@@ -26,6 +26,8 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
         ConversionError: if nothing in the model is converted, or it cannot be folded.
         ImportError: if the model is not a Hugging Face one and safetensors is not installed.
     """
+    if not sigma_gamma(model):
+        raise ConversionError("no layer of this model is converted: save it by its own means")
     try:
         plain = copy.deepcopy(model)
     except Exception as error:

@@ -53,8 +53,8 @@ def _first_axis(like: Tensor) -> Tensor:
 
 
 def _starting_vector(matrix: Tensor, start: Tensor | None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)  # our own: the user's random state stays as it was
-    noise = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)
+    generator = torch.Generator("cpu").manual_seed(0)  # our own: the user's random state stays as it was
+    noise = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     noise = noise / noise.norm()
     if start is None:
         return noise
@@ -77,7 +77,7 @@ def _lanczos(matrix: Tensor, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor, 
     sigma, v = matrix.new_zeros(()), matrix.new_zeros(matrix.shape[0])
     for _ in range(_MAX_RESTARTS):
         U, V = matrix.new_zeros(size, matrix.shape[1]), matrix.new_zeros(size, matrix.shape[0])
-        B = torch.zeros(size, size + 1, dtype=torch.float64)
+        B = torch.zeros(size, size + 1, dtype=torch.float64, device="cpu")
         for k in range(size):
             U[k] = u
             left = _orthogonalise(matrix @ u / scale, V[:k])

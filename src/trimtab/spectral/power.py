@@ -4,6 +4,8 @@ A matrix may be cut into blocks of rows (query | key | value), each with a sigma
 each block; u holds one right vector per block, v the left vectors of all blocks end to end.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,19 @@ def block_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     Returns:
         Shape (blocks,), in the precision of the vectors.
     """
-    if len(sizes) == 1:
-        # Written as products of matrices, which sharded tensors know how to split.
-        return (v.unsqueeze(0) @ (matrix.to(u.dtype) @ u.t())).reshape(1)
-    blocks = zip(matrix.to(u.dtype).split(sizes), u.unbind(), v.split(sizes), strict=True)
-    return torch.stack([v_block @ (block @ u_block) for block, u_block, v_block in blocks])
+    with full_precision(matrix):
+        matrix = matrix.to(u.dtype)
+        if len(sizes) == 1:
+            # Written as products of matrices, which sharded tensors know how to split.
+            return (v.unsqueeze(0) @ (matrix @ u.t())).reshape(1)
+        blocks = zip(matrix.split(sizes), u.unbind(), v.split(sizes), strict=True)
+        return torch.stack([v_block @ (block @ u_block) for block, u_block, v_block in blocks])
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast leaves operations on this tensor's device alone."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def per_row(values: Tensor, sizes: Sizes) -> Tensor:

@@ -29,7 +29,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, step: int) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    # Each tensor in memory of its own: the format knows no sharing, and a tied weight is simply written twice.
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors.torch.save(state, metadata={"format": FORMAT, "step": str(step)})
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as file:
@@ -61,8 +62,10 @@ def load_checkpoint(path: str | Path, model: nn.Module) -> int:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({error}); use an earlier one") from None
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("format") != FORMAT or not metadata.get("step", "").isdigit():
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT!r} and a step, got {metadata}; use one written by train"
+        )
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     saved = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if own != saved:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from trimtab.watch.signals import HeadStats, gradient_norm, head_stats, merge
@@ -99,6 +99,7 @@ class _AttentionMode(TorchFunctionMode):
         self._names = {module: name or ROOT for name, module in model.named_modules()}
         self._inside = [model]  # the modules whose forward is running, outermost first
         self._count: Counter[str] = Counter()
+        self._before: dict[nn.Module, int] = {}  # attention calls seen when a module's forward began
 
     def __enter__(self) -> "_AttentionMode":
         self._hooks = [
@@ -116,8 +117,11 @@ class _AttentionMode(TorchFunctionMode):
     def _enter_module(self, module: nn.Module, _: object) -> None:
         if module in self._names:
             self._inside.append(module)
+            self._before[module] = self._count.total()
 
     def _leave_module(self, module: nn.Module, *_: object) -> None:
+        if isinstance(module, nn.MultiheadAttention) and self._before.get(module) == self._count.total():
+            self._unseen[self._names[module]] = "it returns its weights; call it with need_weights=False"
         if module in self._inside:  # down to it, should an inner one have been interrupted
             while self._inside.pop() is not module:
                 pass
@@ -137,7 +141,7 @@ class _AttentionMode(TorchFunctionMode):
 
     @contextmanager
     def _seen_inside(self) -> Iterator[None]:
-        attention, before = F.scaled_dot_product_attention, self._count.total()
+        attention = F.scaled_dot_product_attention
 
         def recorded(*args: Any, **kwargs: Any) -> Tensor:
             result = attention(*args, **kwargs)
@@ -149,8 +153,6 @@ class _AttentionMode(TorchFunctionMode):
             yield
         finally:
             F.scaled_dot_product_attention = attention
-        if self._count.total() == before:
-            self._unseen[self._module_name()] = "it returns its weights; call it with need_weights=False"
 
     def _module_name(self) -> str:
         return self._names[self._inside[-1]] if self._inside else ROOT
@@ -216,7 +218,11 @@ class OptimizerTap:
         self._model, self._wanted = model, wanted
         # By the parameters held: of an optimiser wrapped in another, and of several steps, the last is kept.
         self._seen: dict[tuple[int, ...], OptimizerReading] = {}
-        self._hook = register_optimizer_step_pre_hook(self._step)
+        # Before the step, as some optimisers write into the gradients; after it, where a closure computes them.
+        self._hooks = [
+            register_optimizer_step_pre_hook(lambda *call: None if _has_closure(*call) else self._step(call[0])),
+            register_optimizer_step_post_hook(lambda *call: self._step(call[0]) if _has_closure(*call) else None),
+        ]
 
     def take(self) -> OptimizerReading | None:
         """What was seen since the last time; None when no optimiser of the model took a step."""
@@ -228,10 +234,11 @@ class OptimizerTap:
         return OptimizerReading(lr, math.hypot(*norms) if norms else None)
 
     def close(self) -> None:
-        """Remove the hook."""
-        self._hook.remove()
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
 
-    def _step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+    def _step(self, optimizer: Optimizer) -> None:
         if torch.compiler.is_compiling() or not self._wanted():
             return
         own = {id(parameter) for parameter in self._model.parameters()}
@@ -239,6 +246,10 @@ class OptimizerTap:
         if held:
             lr = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
             self._seen[tuple(map(id, held))] = OptimizerReading(lr, _unscaled(gradient_norm(held), optimizer))
+
+
+def _has_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("closure") is not None or any(callable(arg) for arg in args)
 
 
 def _unscaled(norm: float | None, optimizer: Optimizer) -> float | None:

@@ -66,8 +66,8 @@ class ImagesRecipe:
         if isinstance(gamma, str):
             if gamma not in ("spectral", "one"):
                 raise RecipeError(f"gamma_init must be spectral, one or a number; got {gamma!r}")
-        elif not (math.isfinite(gamma) and gamma):
-            raise RecipeError(f"gamma_init must be a finite number other than zero, got {gamma}")
+        elif not 0 < abs(gamma) < 1e38:  # what float32 holds
+            raise RecipeError(f"gamma_init must be a number other than zero that float32 can hold, got {gamma}")
         for name in ("lr", "clip"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -77,8 +77,8 @@ class ImagesRecipe:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "seed"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise RecipeError(f"{name} must not be negative, got {value}")
+            if not 0 <= value < 2**63:
+                raise RecipeError(f"{name} must be at least 0 and below 2^63, got {value}")
         if self.eval_every % self.watch_every:
             raise RecipeError(
                 f"eval_every must be a multiple of watch_every, whose lines it writes to; "
