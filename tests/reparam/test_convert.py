@@ -576,3 +576,21 @@ def test_numbers_of_numpy_are_numbers_and_too_large_ones_are_refused() -> None:
 def test_describe_refuses_what_is_no_model() -> None:
     with pytest.raises(TypeError, match=r"expected an nn\.Module"):
         tt.describe(3)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (16, 3), (3, 512), (300, 40), (512, 2048), (4096, 1024)], ids=str)
+@pytest.mark.parametrize("rank", ["full", "one"])
+def test_sigma_after_conversion_is_the_spectral_norm(shape: tuple[int, int], rank: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    layer = nn.Linear(shape[1], shape[0])
+    with torch.no_grad():
+        if rank == "one":
+            column, row = (torch.randn(n, generator=generator) for n in shape)
+            layer.weight.copy_(torch.outer(column, row))
+            expected = (column.norm() * row.norm()).item()
+        else:
+            layer.weight.normal_(generator=generator)
+            expected = torch.linalg.matrix_norm(layer.weight, 2).item()
+    sigma, gamma = sigma_gamma(tt.reparametrize_(layer))["weight"]
+    assert sigma.item() == pytest.approx(expected, rel=1e-4)
+    assert gamma.item() == pytest.approx(expected, rel=1e-4)
