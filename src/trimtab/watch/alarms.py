@@ -70,11 +70,9 @@ class CollapseAlarm:
 
     def _alarm(self, step: int, since: int, loss: float, head: Head, reading: Reading) -> Alarm:
         message = (
-            f"step {step}: {head} looks at almost one key per query. Its attention entropy is "
-            f"{reading.entropy:.3g} nats, {reading.normalized:.2g} of its maximum, and has been below "
-            f"{self._threshold:g} of it since step {since}; its largest logit is {reading.max_logit:.4g}. "
-            "If the loss rises or stalls: lower the learning rate, warm it up, or convert the model with "
-            "tt.reparametrize_. Low entropy alone is not failure: look at the loss beside it, "
-            f"{loss:.4g} at this step."
+            f"step {step}: entropy collapse in {head}: {reading.entropy:.3g} nats, {reading.normalized:.2g} of its "
+            f"maximum, below {self._threshold:g} of it since step {since}; largest logit {reading.max_logit:.4g}. "
+            f"Low entropy alone is not failure. If the loss, {loss:.4g} now, rises or stalls: lower the learning rate, "
+            "warm it up, or convert the model with tt.reparametrize_."
         )
         return Alarm(step, "entropy collapse", str(head), reading.normalized, message)
