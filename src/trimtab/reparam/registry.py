@@ -33,15 +33,19 @@ def discard(module: nn.Module) -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _alive:
+    matrices = [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
+    wanted = {id(p) for p in matrices}
+    if not wanted or not _alive:  # gammas, gains and biases are often stepped by optimisers of their own
         return
     by_weight: dict[int, list[tuple[Any, str]]] = {}
     for module in list(_alive):
         for weight_name in module.__dict__.get("_carried_sizes", ()):
-            by_weight.setdefault(id(getattr(module, weight_name)), []).append((module, weight_name))
+            key = id(module._parameters.get(weight_name))
+            if key in wanted:
+                by_weight.setdefault(key, []).append((module, weight_name))
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
-    held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in by_weight]
-    refresh_vectors_(module.carried(weight_name) for p in held for module, weight_name in by_weight[id(p)])
+    found = (place for p in matrices for place in by_weight.get(id(p), ()))
+    refresh_vectors_(module.carried(weight_name) for module, weight_name in found)
 
 
 @torch.no_grad()
