@@ -4,8 +4,10 @@
     python benchmarks/digits_lr.py --seeds 2      # the smallest useful table
 
 Arms, all AdamW without decay, 200 steps of 64 images, constant learning rate unless said:
-  pre-LN               the plain model, started with the best of the plain starts tried (Glorot's)
-  pre-LN, warmup       the same with 50 steps of linear warmup
+  pre-LN               the plain model, from Glorot's start: the best of those tried at its own best learning rate
+  pre-LN, N(0,0.2²)    the same from another plain start: the best of those tried at the high learning rates
+  pre-LN, torch        the same from torch's own start
+  pre-LN, warmup       pre-LN with 50 steps of linear warmup
   pre-LN, clip         the same with gradients clipped to norm 1
   sigma                sigma-Reparam with gamma 1 on every layer, weights N(0, 0.4²), no LayerNorm
   sigma, pre-LN        the same with LayerNorm
@@ -41,6 +43,8 @@ def arms() -> dict[str, ImagesRecipe]:
     normed = replace(bare, norm="pre")
     return {
         "pre-LN": plain,
+        "pre-LN, N(0,0.2²)": replace(plain, model=replace(plain.model, init="normal", init_std=0.2)),
+        "pre-LN, torch": replace(plain, model=replace(plain.model, init="torch")),
         "pre-LN, warmup": replace(plain, warmup_steps=50),
         "pre-LN, clip": replace(plain, clip=1.0),
         "sigma": replace(plain, model=bare, stabilizer="sigma", gamma_init="one"),
