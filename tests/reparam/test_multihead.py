@@ -172,6 +172,22 @@ def test_only_the_output_projection_converted() -> None:
     assert type(ours) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("first", ["", "out_proj"], ids=["inputs-first", "output-first"])
+def test_converted_in_two_passes(first: str) -> None:
+    once, twice = make(batch_first=True), make(batch_first=True)
+    tt.reparametrize_(once)
+    tt.reparametrize_(twice, filter_fn=lambda module, name: name == first)
+    tt.reparametrize_(twice, filter_fn=lambda module, name: name != first)
+    assert list(dict(twice.named_buffers())) == list(dict(once.named_buffers()))
+    halve_gammas_(once)
+    halve_gammas_(twice)
+    query, key, _ = inputs({"batch_first": True}, "cross")
+    torch.testing.assert_close(twice(query, key, key), once(query, key, key), rtol=0, atol=0)
+    tt.fold_(twice)
+    assert type(twice) is nn.MultiheadAttention
+    assert not twice._forward_pre_hooks
+
+
 def test_only_the_input_projections_converted() -> None:
     plain, ours = make(), make()
     tt.reparametrize_(ours, filter_fn=lambda module, name: name == "")

@@ -24,8 +24,9 @@ def carry_(module: nn.Module, starts: dict[str, Start]) -> None:
         setattr(module, gamma_name, start.gamma)
         module.register_buffer(u_name, start.u)
         module.register_buffer(v_name, start.v)
-    module.__dict__["_carried_sizes"] = {name: start.sizes for name, start in starts.items()}
-    module.__class__ = converted_class(type(module))
+    before = module.__dict__.get("_carried_sizes", {})
+    module.__dict__["_carried_sizes"] = before | {name: start.sizes for name, start in starts.items()}
+    module.__class__ = converted_class(plain_class_of(module))
     registry.add(module)
 
 
@@ -55,6 +56,11 @@ def converted_class(plain: type[nn.Module]) -> type[nn.Module]:
         contents = {"plain_class": plain, "__module__": __name__, "__reduce_ex__": _reduce}
         _converted_classes[plain] = type(f"SigmaReparam{plain.__name__}", (mixin, plain), contents)
     return _converted_classes[plain]
+
+
+def plain_class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has, or had before it was converted."""
+    return module.plain_class if isinstance(module, Reparametrized) else type(module)
 
 
 def mixin_of(plain: type[nn.Module]) -> type[Reparametrized] | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trimtab.errors import ConversionError
 from trimtab.reparam import fastpath
 from trimtab.reparam.carried import Start, as_matrix, carried_names, exact_start, is_sharded, memory_of, whole
-from trimtab.reparam.classes import carry_, converted_class, drop_
+from trimtab.reparam.classes import carry_, converted_class, drop_, plain_class_of
 from trimtab.reparam.config import FilterFn, SigmaReparam
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import Site, choose
@@ -58,7 +58,7 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
                 starts[memory] = _start(site, config)
             by_module.setdefault(id(site.module), (site.module, {}))[1][site.weight_name] = starts[memory]
     for module, _ in by_module.values():
-        converted_class(type(module))
+        converted_class(plain_class_of(module))
     # Everything is known to be well: from here on the model changes.
     for module, its_starts in by_module.values():
         carry_(module, its_starts)

@@ -13,7 +13,7 @@ _MEMORY = "_fast_path_before"
 
 def switch_off_(model: nn.Module) -> None:
     """Switch the fast path off in every encoder layer and encoder that holds a converted layer or lost a norm."""
-    if isinstance(model, Reparametrized):
+    if isinstance(model, Reparametrized) and keep_out not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(keep_out)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder) and _must_be_off(module):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.reparam.carried import is_sharded
 from trimtab.spectral import Sizes, block_sigma, full_precision, per_row
 
 
@@ -95,7 +96,7 @@ def _autocast_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 
 def _replicated(gamma: Tensor) -> Tensor:
     """Tensor parallelism shards every parameter of a layer, gamma too; every rank needs all of it."""
-    if not hasattr(gamma, "device_mesh"):
+    if not is_sharded(gamma):
         return gamma
     from torch.distributed.tensor import Replicate
 
@@ -118,6 +119,12 @@ class _Scaled(torch.autograd.Function):
         input, weight, bias, gamma, u, v, ctx.options = inputs
         ctx.save_for_backward(input, weight, gamma, u, v)
         ctx.has_bias = bias is not None
+
+
+def _asked_for(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of input, weight, bias and gamma that are needed; the vectors are constants."""
+    wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
+    return (*(gradient if needed else None for gradient, needed in wanted), None, None, None)
 
 
 class _ScaledLinear(_Scaled):
@@ -158,15 +165,7 @@ class _ScaledLinear(_Scaled):
             d_weight, d_gamma = _weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
         if need_bias and ctx.has_bias:
             d_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return (
-            d_input,
-            d_weight if need_weight else None,
-            d_bias,
-            d_gamma if need_gamma else None,
-            None,
-            None,
-            None,
-        )
+        return _asked_for(ctx, d_input, d_weight, d_bias, d_gamma)
 
 
 def _smallest(rows: int, columns: int, count: int, sizes: Sizes) -> str:
@@ -201,7 +200,7 @@ def _weight_gradients(
     parts = [(in_use, left, right[0])]
     if len(sizes) > 1:
         parts = list(zip(in_use.split(sizes), left.split(sizes), right, strict=True))
-    if torch.is_grad_enabled() or hasattr(in_use, "device_mesh"):
+    if torch.is_grad_enabled() or is_sharded(in_use):
         rest = torch.cat([part - l_part.unsqueeze(1) * r_part for part, l_part, r_part in parts])
         return _times(rest, scale), d_gamma.to(gamma.dtype)
     for part, l_part, r_part in parts:
@@ -212,7 +211,7 @@ def _weight_gradients(
 def _inner_products(a: Tensor, b: Tensor, dtype: torch.dtype, sizes: Sizes) -> Tensor:
     """Return <a, b> of each row block, shape (blocks,), summed in ``dtype``."""
     # One dot product reads both once and writes nothing; on GPUs it counts no further than 32 bits.
-    if a.dtype == dtype and not hasattr(a, "device_mesh") and a.numel() < 2**31:
+    if a.dtype == dtype and not is_sharded(a) and a.numel() < 2**31:
         if len(sizes) == 1:
             return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(1)
         parts = zip(a.split(sizes), b.split(sizes), strict=True)
@@ -268,15 +267,7 @@ class _ScaledConv(_Scaled):
             d_weight = d_matrix.view_as(weight)
         if need_bias and ctx.has_bias:
             d_bias = grad.sum([0, *range(2, grad.ndim)])
-        return (
-            d_input,
-            d_weight if need_weight else None,
-            d_bias,
-            d_gamma if need_gamma else None,
-            None,
-            None,
-            None,
-        )
+        return _asked_for(ctx, d_input, d_weight, d_bias, d_gamma)
 
 
 # torch works out the signature of such a forward anew at every call, which costs a small layer as much as its

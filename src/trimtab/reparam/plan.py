@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trimtab.errors import ConversionError
 from trimtab.reparam.carried import memory_of
-from trimtab.reparam.classes import mixin_of
+from trimtab.reparam.classes import mixin_of, plain_class_of
 from trimtab.reparam.config import FilterFn
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.multihead import MultiheadAttention, projection_weights
@@ -122,7 +122,7 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str, nn.Parameter]]:
 
 def _holds_matrices(module: nn.Module) -> bool:
     quantized = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized"))
-    return isinstance(module, _MATRIX_LAYERS) or mixin_of(type(module)) is not None or quantized
+    return isinstance(module, _MATRIX_LAYERS) or mixin_of(plain_class_of(module)) is not None or quantized
 
 
 def _cannot(module: nn.Module) -> str | None:
@@ -133,7 +133,7 @@ def _cannot(module: nn.Module) -> str | None:
         return "it has no weight yet: run one forward first"
     if isinstance(module, _ConvTransposeNd):
         return "transposed convolutions are not supported"
-    if mixin_of(type(module)) is None:
+    if mixin_of(plain_class_of(module)) is None:
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention):
             return "it has a forward of its own, which may read the weight in its own way"
         return "layers of this kind are not supported"
@@ -159,7 +159,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[str, Sizes]]:
     if weight is None:
         yield "weight", ()
         return
-    mixin = mixin_of(type(module))
+    mixin = mixin_of(plain_class_of(module))
     yield "weight", (weight.shape[1 if mixin is not None and mixin.transposed else 0],)
 
 
