@@ -277,3 +277,14 @@ def test_a_skipped_step_of_a_grad_scaler_moves_nothing() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert_still(net, before)
+
+
+def test_buffers_may_be_written_between_forward_and_backward() -> None:
+    """Data-parallel wrappers broadcast buffers in place at every forward; the gradient stays that of this forward."""
+    layer = small_net()[0]
+    expected = torch.autograd.grad(layer(batch()).square().sum(), layer.weight)
+    loss = layer(batch()).square().sum()
+    with torch.no_grad():
+        layer.sigma_u.zero_()
+        layer.sigma_v.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, layer.weight), expected)
