@@ -11,6 +11,7 @@ from trimtab.reparam import (
     remove_norms_,
     reparametrize_,
     save_pretrained,
+    sigma_error,
 )
 from trimtab.watch import Alarm, Watch
 
@@ -37,4 +38,5 @@ __all__ = [
     "remove_norms_",
     "reparametrize_",
     "save_pretrained",
+    "sigma_error",
 ]

@@ -206,7 +206,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "cell": (lambda: nn.GRUCell(3, 2), r"bad \(GRUCell\).*not supported"),
     "transposed": (lambda: nn.ConvTranspose2d(3, 2, 2), "transposed convolutions"),
     "lazy": (lambda: nn.LazyLinear(2), "run one forward first"),
-    "meta": (lambda: nn.Linear(3, 2, device="meta"), "meta device"),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "bad "),
     "pruned": (lambda: prune.l1_unstructured(nn.Linear(3, 2), "weight", 1), "parameter of its own"),
     "empty": (empty, "shape"),

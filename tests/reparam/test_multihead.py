@@ -149,6 +149,59 @@ def test_gradients_equal_explicit_autograd(options: dict[str, Any]) -> None:
             torch.testing.assert_close(getattr(ours, name).grad, grad)
 
 
+BLOCKS: dict[str, Any] = {
+    "one": "one",
+    "heads": "heads",
+    "query-and-the-rest": lambda module, name: None if name else (E, 2 * E),
+    "across": lambda module, name: None if name else (5, 20, 11),
+    "unequal-within": lambda module, name: None if name else (5, 7, E, 1, 11),
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_other_blocks_compute_the_same_and_their_gradients_are_autograds(blocks: Any, bias: bool) -> None:
+    """Against torch's attention fed with gamma * W / (v^T W u) of every block, an ordinary expression."""
+    options = {"batch_first": True, "bias": bias}
+    plain, ours = make(**options), tt.reparametrize_(make(**options), tt.SigmaReparam(blocks=blocks))
+    query, key, value = inputs(options, "cross")
+    arguments = {"self": (query, query, query), "keys-are-values": (query, key, key), "cross": (query, key, value)}
+    for given in arguments.values():
+        torch.testing.assert_close(ours(*given), plain(*given))
+    c = ours.carried("in_proj_weight")
+    with torch.no_grad():
+        c.gamma.mul_(torch.linspace(0.5, 1.5, len(c.sizes), dtype=torch.float64))
+    for given in arguments.values():
+        ours.zero_grad()
+        tracked = [x.clone().requires_grad_() for x in given] if given[0] is not given[1] else [given[0]] * 3
+        ours(*tracked, need_weights=False)[0].square().sum().backward()
+        weight, gamma = c.weight.detach().requires_grad_(), c.gamma.detach().requires_grad_()
+        parts = zip(weight.split(c.sizes), gamma, c.u, c.v.split(c.sizes), strict=True)
+        effective = {"in_proj_weight": torch.cat([g * w / (v @ w @ u) for w, g, u, v in parts])}
+        again = [x.detach().requires_grad_() for x in tracked] if given[0] is not given[1] else tracked
+        output = torch.func.functional_call(plain, effective, tuple(again), {"need_weights": False})[0]
+        leaves = [weight, gamma, *(again if again[0].requires_grad else ())]
+        found = [ours.in_proj_weight.grad, ours.in_proj_gamma.grad, *(x.grad for x in tracked if x.requires_grad)]
+        for ours_grad, grad in zip(found, torch.autograd.grad(output.square().sum(), leaves), strict=True):
+            torch.testing.assert_close(ours_grad, grad)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS.keys())
+def test_other_blocks_compile_and_autocast(blocks: Any) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(E, H, batch_first=True)
+    query, key = torch.randn(B, L, E), torch.randn(B, S, E)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = attention(query, key, key, need_weights=False)[0]
+    tt.reparametrize_(attention, tt.SigmaReparam(blocks=blocks))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attention(query, key, key, need_weights=False)[0]
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=0.05, atol=0.01)  # a few steps of bfloat16's 2^-8
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(query, key, key)[0], attention(query, key, key)[0])
+
+
 def test_every_projection_has_its_own_sigma() -> None:
     attention = tt.reparametrize_(make())
     with torch.no_grad():

@@ -62,7 +62,7 @@ def ours(gamma_init: str, lr: float, steps: int) -> list[float]:
         for layer, (weight, bias) in zip(net[::2], weights(), strict=True):
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
-    tt.reparametrize_(net, tt.SigmaReparam(gamma_init=gamma_init))
+    tt.reparametrize_(net, tt.SigmaReparam(gamma_init=gamma_init, vectors=1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     x, y = data()
     losses = []

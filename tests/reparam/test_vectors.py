@@ -17,7 +17,7 @@ from trimtab.reparam import sigma_gamma
 def small_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    return tt.reparametrize_(net)
+    return tt.reparametrize_(net, tt.SigmaReparam(vectors=1))
 
 
 def batch(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -43,9 +43,9 @@ def iterated_once(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def assert_moved_once(net: nn.Sequential, before: dict[str, Tensor]) -> None:
     for name, layer in net.named_children():
         if isinstance(layer, nn.Linear):
-            u, v = iterated_once(layer.weight.detach(), before[f"{name}.sigma_u"][0])
+            u, v = iterated_once(layer.weight.detach(), before[f"{name}.sigma_u"][0, 0])
             assert not torch.equal(layer.sigma_u, before[f"{name}.sigma_u"])
-            torch.testing.assert_close(layer.sigma_u[0], u)
+            torch.testing.assert_close(layer.sigma_u[0, 0], u)
             torch.testing.assert_close(layer.sigma_v, v)
 
 
@@ -171,12 +171,12 @@ def test_only_the_optimisers_own_weights_move() -> None:
 
 def test_shared_layers_move_once() -> None:
     shared = nn.Linear(4, 4).double()
-    net = tt.reparametrize_(nn.Sequential(shared, nn.Tanh(), shared))
+    net = tt.reparametrize_(nn.Sequential(shared, nn.Tanh(), shared), tt.SigmaReparam(vectors=1))
     before = shared.sigma_u.clone()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     net(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
     optimizer.step()
-    torch.testing.assert_close(shared.sigma_u[0], iterated_once(shared.weight.detach(), before[0])[0])
+    torch.testing.assert_close(shared.sigma_u[0, 0], iterated_once(shared.weight.detach(), before[0, 0])[0])
 
 
 def test_sigma_follows_perturbed_weights() -> None:
@@ -184,7 +184,7 @@ def test_sigma_follows_perturbed_weights() -> None:
     layer = net[0]
     with torch.no_grad():
         layer.weight.add_(0.1)
-    sigma = layer.sigma_v @ layer.weight @ layer.sigma_u[0]
+    sigma = layer.sigma_v @ layer.weight @ layer.sigma_u[0, 0]
     torch.testing.assert_close(tt.effective_weight(layer), layer.gamma * layer.weight / sigma)
     x = batch().requires_grad_()
     torch.testing.assert_close(layer(x), x @ tt.effective_weight(layer).t() + layer.bias)
@@ -201,7 +201,7 @@ def test_gradients_at_perturbed_weights_in_functional_call() -> None:
     gamma = layer.gamma.detach().mul(0.7).requires_grad_()
     assert torch.autograd.gradcheck(function, (weight, gamma))
     assert torch.autograd.gradgradcheck(function, (weight, gamma))
-    sigma = layer.sigma_v @ weight @ layer.sigma_u[0]
+    sigma = layer.sigma_v @ weight @ layer.sigma_u[0, 0]
     torch.testing.assert_close(function(weight, gamma), x @ (gamma * weight / sigma).t() + layer.bias)
 
 
@@ -250,7 +250,7 @@ def test_refresh_is_one_iteration_or_exact() -> None:
     assert_moved_once(net, before)
     tt.refresh_(net, exact=True)
     for layer in net[::2]:
-        sigma = layer.sigma_v @ layer.weight @ layer.sigma_u[0]
+        sigma = layer.sigma_v @ layer.weight @ layer.sigma_u[0, 0]
         torch.testing.assert_close(sigma, torch.linalg.matrix_norm(layer.weight, 2))
 
 

@@ -1,10 +1,11 @@
 """sigma-Reparam on modules: config, layers, conversion."""
 
 from trimtab.reparam.config import FilterFn, SigmaReparam
-from trimtab.reparam.convert import effective_weight, fold_, refresh_, reparametrize_, sigma_gamma
+from trimtab.reparam.convert import effective_weight, fold_, refresh_, reparametrize_
 from trimtab.reparam.describe import describe
 from trimtab.reparam.norms import remove_norms_
 from trimtab.reparam.saving import save_pretrained
+from trimtab.reparam.sigmas import sigma_error, sigma_gamma
 
 __all__ = [
     "FilterFn",
@@ -16,5 +17,6 @@ __all__ = [
     "remove_norms_",
     "reparametrize_",
     "save_pretrained",
+    "sigma_error",
     "sigma_gamma",
 ]

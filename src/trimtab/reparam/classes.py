@@ -10,11 +10,13 @@ from torch import nn
 
 from trimtab.reparam import registry
 from trimtab.reparam.carried import Start, carried_names
+from trimtab.reparam.config import SigmaReparam
+from trimtab.reparam.embedding import Embedding
 from trimtab.reparam.layers import Conv, Linear, Reparametrized, TransposedLinear
 from trimtab.reparam.multihead import MultiheadAttention
 
 
-def carry_(module: nn.Module, starts: dict[str, Start]) -> None:
+def carry_(module: nn.Module, starts: dict[str, Start], config: SigmaReparam) -> None:
     """Turn a plain module into its converted class, carrying what is given for each weight named.
 
     Every gamma is a Parameter; modules that share a weight are given the same Start.
@@ -22,8 +24,9 @@ def carry_(module: nn.Module, starts: dict[str, Start]) -> None:
     for weight_name, start in starts.items():
         gamma_name, u_name, v_name = carried_names(weight_name)
         setattr(module, gamma_name, start.gamma)
-        module.register_buffer(u_name, start.u)
+        module.register_buffer(u_name, start.basis)
         module.register_buffer(v_name, start.v)
+    module.__dict__["_sigma_config"] = config
     before = module.__dict__.get("_carried_sizes", {})
     module.__dict__["_carried_sizes"] = before | {name: start.sizes for name, start in starts.items()}
     module.__class__ = converted_class(plain_class_of(module))
@@ -36,7 +39,7 @@ def drop_(module: Reparametrized) -> None:
     for weight_name in module._carried_sizes:
         for name in carried_names(weight_name):
             delattr(module, name)
-    del module._carried_sizes
+    del module._carried_sizes, module._sigma_config
     module.__class__ = module.plain_class  # type: ignore[assignment]
 
 
@@ -75,6 +78,7 @@ def mixin_of(plain: type[nn.Module]) -> type[Reparametrized] | None:
         (nn.Conv2d, Conv),
         (nn.Conv3d, Conv),
         (nn.MultiheadAttention, MultiheadAttention),
+        (nn.Embedding, Embedding),
     ]
     for base, mixin in known:
         forwards = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]

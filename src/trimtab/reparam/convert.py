@@ -12,7 +12,7 @@ from trimtab.reparam.classes import carry_, converted_class, drop_, plain_class_
 from trimtab.reparam.config import FilterFn, SigmaReparam
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import Site, choose
-from trimtab.reparam.registry import refresh_vectors_
+from trimtab.reparam.refresh import refresh_vectors_
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -47,7 +47,7 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
         config = SigmaReparam()
     if not isinstance(config, SigmaReparam):
         raise TypeError(f"config: expected a SigmaReparam, got {type(config).__name__}; pass filter_fn by name")
-    sites, attentions = choose(model, filter_fn)
+    sites, attentions = choose(model, config, filter_fn)
     starts: dict[int, Start] = {}
     by_module: dict[int, tuple[nn.Module, dict[str, Start]]] = {id(module): (module, {}) for module in attentions}
     with torch.inference_mode(False):  # what is made here will be trained
@@ -61,7 +61,7 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
         converted_class(plain_class_of(module))
     # Everything is known to be well: from here on the model changes.
     for module, its_starts in by_module.values():
-        carry_(module, its_starts)
+        carry_(module, its_starts, config)
     fastpath.switch_off_(model)
     return model
 
@@ -77,13 +77,13 @@ def _check_free(site: Site) -> None:
 
 def _start(site: Site, config: SigmaReparam) -> Start:
     try:
-        start = exact_start(as_matrix(site.weight.detach(), site.transposed), site.sizes)
+        if is_sharded(site.weight):
+            raise ValueError("it is sharded already: convert (or load) first, then shard")
+        start = exact_start(as_matrix(site.weight.detach(), site.transposed), site.sizes, config.vectors)
     except ValueError as error:
         raise ConversionError(f"{site.name} cannot be converted: {error}") from error
-    gamma = start.gamma
-    if config.gamma_init != "spectral":
-        gamma = torch.full_like(gamma, 1.0 if config.gamma_init == "one" else float(config.gamma_init))
-    return start._replace(gamma=nn.Parameter(gamma, requires_grad=site.weight.requires_grad))
+    gamma = nn.Parameter(config.first_gamma(start.gamma), requires_grad=site.weight.requires_grad)
+    return start._replace(gamma=gamma)
 
 
 def fold_(model: ModelT) -> ModelT:
@@ -144,31 +144,31 @@ def refresh_(model: ModelT, *, exact: bool = False) -> ModelT:
 
     Args:
         model: a converted model.
-        exact: False: one power iteration, as after an optimiser step. True: the exact vectors, as at conversion
-            (not for sharded weights).
+        exact: False: one block iteration, as after an optimiser step. True: the exact vectors, as at conversion;
+            and, in a model that was converted on the meta device and has its weights now, the gammas that its
+            configuration asks for. Weights may be sharded; then every process must ask.
 
     Returns:
         The model.
 
     Raises:
         ConversionError: if nothing in it is converted, or ``exact`` is asked for a weight that is zero, not finite
-            or sharded; the vectors are then as they were.
+            or on the meta device; the vectors are then as they were.
     """
     converted = _converted(model, "nothing to refresh: no layer of this model is converted")
-    carried = [(name, w, m.carried(w)) for name, m in converted for w in m._carried_sizes]
+    places = [(name, module, weight_name) for name, module in converted for weight_name in module._carried_sizes]
     if not exact:
-        refresh_vectors_(c for _, _, c in carried)
+        refresh_vectors_(module.carried(weight_name) for _, module, weight_name in places)
         return model
     starts: list[Start] = []
-    for name, weight_name, c in carried:
+    for name, module, weight_name in places:
         try:
-            starts.append(exact_start(c.matrix.detach(), c.sizes))
+            starts.append(module.exact_start(weight_name))
         except ValueError as error:
             raise ConversionError(f"{name}.{weight_name}".lstrip(".") + f" cannot be refreshed: {error}") from error
-    with torch.no_grad():
-        for (_, _, c), start in zip(carried, starts, strict=True):
-            c.u.copy_(start.u)
-            c.v.copy_(start.v)
+    for (_, module, weight_name), start in zip(places, starts, strict=True):
+        never_set = bool(whole(module.carried(weight_name).gamma.detach()).isnan().all())
+        module.start_(weight_name, start, "config" if never_set else "keep")
     return model
 
 
@@ -199,22 +199,6 @@ def effective_weight(module: nn.Module, name: str | None = None) -> Tensor:
     if isinstance(module, Reparametrized) and chosen in carried:
         return module.scaled(chosen)
     return module.get_parameter(chosen)
-
-
-def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (sigma, gamma) of every converted weight by its dotted name, each of shape (blocks,), detached.
-
-    Of sharded weights every process gets all values; every process must ask.
-    """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, Reparametrized):
-                for weight_name in module._carried_sizes:
-                    c = module.carried(weight_name).replicated()
-                    key = f"{name}.{weight_name}".lstrip(".")
-                    found[key] = (whole(c.sigma()).detach(), whole(c.gamma.detach()).clone())
-    return found
 
 
 def _is_fsdp(model: nn.Module) -> bool:

@@ -1,10 +1,15 @@
 """A conversion in words: what was converted, what was left, and why."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from trimtab.reparam.convert import expect_module, sigma_gamma
+from trimtab.reparam.convert import expect_module
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.norms import is_norm
+from trimtab.reparam.plan import is_zero
+from trimtab.reparam.sigmas import sigma_gamma
+
+# Values listed one by one; more blocks are shown by the range of theirs.
+_MOST_SHOWN = 4
 
 
 def describe(model: nn.Module) -> str:
@@ -34,13 +39,12 @@ def describe(model: nn.Module) -> str:
             if parameter is None or (name.endswith("gamma") and carried):
                 continue
             if name in carried:
-                sigma, gamma = (", ".join(f"{x:.4g}" for x in v.tolist()) for v in values[key])
-                note = f"converted: sigma {sigma}, gamma {gamma}"
+                note = _converted(*values[key]) if key in values else "converted: sigma not known on the meta device"
             elif parameter.ndim < 2:
                 continue  # biases and norm gains hold no matrix
             else:
                 others = [other for other in holders[id(parameter)] if other != key]
-                note = "left: " + _why(module, others)
+                note = "left: " + _why(module, parameter, others)
             rows.append((key, type(module).__name__, "x".join(map(str, parameter.shape)), note))
     counts = f"{len(values)} of {len(rows)} weights converted"
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
@@ -48,13 +52,26 @@ def describe(model: nn.Module) -> str:
     return "\n".join([counts, *lines])
 
 
-def _why(module: nn.Module, others: list[str]) -> str:
+def _converted(sigma: Tensor, gamma: Tensor) -> str:
+    blocks = f" in {len(sigma)} blocks" if len(sigma) > 1 else ""
+    return f"converted{blocks}: sigma {_in_short(sigma)}, gamma {_in_short(gamma)}"
+
+
+def _in_short(values: Tensor) -> str:
+    if len(values) > _MOST_SHOWN:
+        return f"{float(values.min()):.4g} to {float(values.max()):.4g}"
+    return ", ".join(f"{value:.4g}" for value in values.tolist())
+
+
+def _why(module: nn.Module, parameter: nn.Parameter, others: list[str]) -> str:
     if others:
         return f"shares its weight with {', '.join(others)}"
     if is_norm(module):
         return "a norm layer holds no matrix"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "an embedding is read row by row"
+        return "an embedding is read row by row; SigmaReparam(embeddings=True) offers nn.Embedding too"
+    if is_zero(parameter):
+        return "it is zero, so it has no direction to normalise"
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention):
         return "not chosen"
     return "not a layer that is converted"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.reparam.carried import is_sharded
-from trimtab.spectral import Sizes, block_sigma, full_precision, per_row
+from trimtab.spectral import Sizes, block_sigma, full_precision, is_even, per_row, right_vector_of_each_row, sum_blocks
 
 
 def scaled_linear(
@@ -78,7 +78,7 @@ def scaled_conv(
 def _apply(function: Any, *arguments: Any) -> Tensor:
     # The vectors come in as clones: their buffers are written in place by data-parallel wrappers, which may happen
     # between this forward and its backward.
-    output: Tensor = function.apply(*arguments)
+    output: Tensor = function.apply(*arguments)[0]
     return output
 
 
@@ -110,14 +110,19 @@ def _times(tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """What both have in common: input, weight and small things are saved; no second weight."""
+    """What both have in common: input, weight and small things are saved; no second weight.
+
+    Sigma is a second output so that it can be saved; it is for no one else.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, weight, bias, gamma, u, v, ctx.options = inputs
-        ctx.save_for_backward(input, weight, gamma, u, v)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, gamma, u, v, output[1])
         ctx.has_bias = bias is not None
 
 
@@ -131,40 +136,56 @@ class _ScaledLinear(_Scaled):
     @staticmethod
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
-    ) -> Tensor:
-        scale = per_row(gamma / block_sigma(weight, u, v, sizes), sizes)
+    ) -> tuple[Tensor, Tensor]:
+        sigma = block_sigma(weight, u, v, sizes)
+        scale = per_row(gamma / sigma, sizes)
         rows, columns = weight.shape
-        count = input.numel() // columns
         if weight.dtype != input.dtype:  # under autocast the weight is cast anyway: scale it on the way
-            return F.linear(input, (weight * scale.unsqueeze(-1)).to(input.dtype), bias)
-        smallest = _smallest(rows, columns, count, sizes)
+            return F.linear(input, (weight * scale.unsqueeze(-1)).to(input.dtype), bias), sigma
+        smallest = _smallest(rows, columns, input.numel() // columns, sizes)
         if smallest == "weight":
-            return F.linear(input, _times(weight, scale.unsqueeze(-1)), bias)
+            return F.linear(input, _times(weight, scale.unsqueeze(-1)), bias), sigma
         if smallest == "input":
-            return F.linear(_times(input, scale), weight, bias)
-        output = _times(F.linear(input, weight), scale)
-        return output if bias is None else output + bias
+            return F.linear(_times(input, scale), weight, bias), sigma
+        output = F.linear(input, weight)
+        if bias is not None and output.dtype == scale.dtype:
+            return torch.addcmul(bias, output, scale), sigma
+        output = _times(output, scale)
+        return (output if bias is None else output + bias), sigma
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 7
         with full_precision(grads[0]):  # also where backward is called under autocast
             return _ScaledLinear.gradients(ctx, grads[0])
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, gamma, u, v = ctx.saved_tensors
+        input, weight, gamma, u, v, sigma = ctx.saved_tensors
         sizes: Sizes = ctx.options
         need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
-        sigma = block_sigma(weight, u, v, sizes)
+        if torch.is_grad_enabled():  # a second derivative follows: sigma is then a function of the weight
+            sigma = block_sigma(weight, u, v, sizes)
+        scale = gamma / sigma
+        flat_grad, flat_input = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
         d_input = d_weight = d_bias = d_gamma = None
-        if need_input:
-            d_input = _input_gradient(grad, weight, per_row(gamma / sigma, sizes), sizes)
-        if need_weight or need_gamma:
-            flat_grad = grad.reshape(-1, grad.shape[-1])
-            in_use = (flat_grad.t() @ input.reshape(-1, input.shape[-1])).to(weight.dtype)
-            d_weight, d_gamma = _weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
         if need_bias and ctx.has_bias:
-            d_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+            d_bias = flat_grad.sum(0)
+        if _input_is_small(flat_input, weight, grad, sizes) and need_input and need_weight:
+            # <G, W> = <grad W, input>: with few tokens far less to read than G and W themselves
+            unscaled = flat_grad @ weight
+            inner = torch.dot(unscaled.view(-1), flat_input.reshape(-1)).view(1)
+            in_use = _outer_sum(flat_grad, _times(flat_input, scale), weight)
+            d_input = unscaled.mul_(scale).view_as(input)
+            d_weight = _without_sigmas_part_(in_use, scale * inner / sigma, u, v, sizes)
+            d_gamma = (inner / sigma).to(gamma.dtype)
+            return _asked_for(ctx, d_input, d_weight, d_bias, d_gamma)
+        if need_input:
+            d_input = _input_gradient(grad, weight, per_row(scale, sizes), sizes)
+        if need_weight or need_gamma:
+            in_use = _outer_sum(flat_grad, flat_input, weight).to(weight.dtype)
+            d_weight, d_gamma = _weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
         return _asked_for(ctx, d_input, d_weight, d_bias, d_gamma)
 
 
@@ -174,6 +195,20 @@ def _smallest(rows: int, columns: int, count: int, sizes: Sizes) -> str:
     if len(sizes) == 1:  # several scales belong to outputs and cannot go onto inputs
         costs["input"] = count * columns
     return min(costs, key=lambda place: costs[place])
+
+
+def _input_is_small(flat_input: Tensor, weight: Tensor, grad: Tensor, sizes: Sizes) -> bool:
+    """Say whether the short way through the input's gradient pays, and nothing stands in its way."""
+    plain = not torch.is_grad_enabled() and not is_sharded(weight) and not is_sharded(grad)
+    one_dtype = grad.dtype == weight.dtype == flat_input.dtype and grad.dtype in (torch.float32, torch.float64)
+    return plain and one_dtype and _smallest(weight.shape[0], weight.shape[1], len(flat_input), sizes) == "input"
+
+
+def _outer_sum(flat_grad: Tensor, flat_input: Tensor, weight: Tensor) -> Tensor:
+    """Return ``grad^T @ input``, shape (out, in), laid out in memory as the weight is."""
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        return (flat_input.t() @ flat_grad).t()
+    return flat_grad.t() @ flat_input
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, sizes: Sizes) -> Tensor:
@@ -195,29 +230,35 @@ def _weight_gradients(
     G is overwritten where no second derivative is asked for: a fresh matrix costs several times the arithmetic.
     """
     d_gamma = _inner_products(in_use, matrix, u.dtype, sizes) / sigma
-    left, right = (v * per_row(d_gamma, sizes)).to(in_use.dtype), u.to(in_use.dtype)
     scale = per_row(gamma / sigma, sizes).unsqueeze(1)
-    parts = [(in_use, left, right[0])]
-    if len(sizes) > 1:
-        parts = list(zip(in_use.split(sizes), left.split(sizes), right, strict=True))
     if torch.is_grad_enabled() or is_sharded(in_use):
-        rest = torch.cat([part - l_part.unsqueeze(1) * r_part for part, l_part, r_part in parts])
+        left = (v * per_row(d_gamma, sizes)).to(in_use.dtype).unsqueeze(1)
+        rest = in_use - left * right_vector_of_each_row(u, sizes).to(in_use.dtype)
         return _times(rest, scale), d_gamma.to(gamma.dtype)
-    for part, l_part, r_part in parts:
-        part.addr_(l_part, r_part, alpha=-1)
-    return in_use.mul_(scale), d_gamma.to(gamma.dtype)
+    return _without_sigmas_part_(in_use, d_gamma, u, v, sizes).mul_(scale), d_gamma.to(gamma.dtype)
+
+
+def _without_sigmas_part_(in_use: Tensor, amounts: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """Subtract ``amount · v u^T`` from each row block, in place."""
+    left, right = (v * per_row(amounts, sizes)).to(in_use.dtype), u.to(in_use.dtype)
+    if len(sizes) == 1:
+        return in_use.addr_(left, right[0], alpha=-1)
+    if is_even(sizes):
+        blocks = in_use.unflatten(0, (len(sizes), sizes[0]))
+        blocks.baddbmm_(left.view(len(sizes), -1, 1), right.unsqueeze(1), alpha=-1)
+        return in_use
+    for block, own_left, own_right in zip(in_use.split(sizes), left.split(sizes), right, strict=True):
+        block.addr_(own_left, own_right, alpha=-1)
+    return in_use
 
 
 def _inner_products(a: Tensor, b: Tensor, dtype: torch.dtype, sizes: Sizes) -> Tensor:
     """Return <a, b> of each row block, shape (blocks,), summed in ``dtype``."""
     # One dot product reads both once and writes nothing; on GPUs it counts no further than 32 bits.
-    if a.dtype == dtype and not is_sharded(a) and a.numel() < 2**31:
-        if len(sizes) == 1:
-            return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(1)
-        parts = zip(a.split(sizes), b.split(sizes), strict=True)
-        return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in parts])
-    rows = (a * b).sum(1, dtype=dtype)
-    return torch.stack([part.sum() for part in rows.split(sizes)])
+    if len(sizes) == 1 and a.dtype == dtype and not is_sharded(a) and a.numel() < 2**31:
+        a, b = (a, b) if a.stride(-1) == 1 else (a.t(), b.t())
+        return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(1)
+    return sum_blocks((a * b).sum(1, dtype=dtype), sizes)
 
 
 class _ScaledConv(_Scaled):
@@ -230,29 +271,34 @@ class _ScaledConv(_Scaled):
         u: Tensor,
         v: Tensor,
         arguments: Any,
-    ) -> Tensor:
-        scale = gamma / block_sigma(weight.flatten(1), u, v, (weight.shape[0],))
+    ) -> tuple[Tensor, Tensor]:
+        sigma = block_sigma(weight.flatten(1), u, v, (weight.shape[0],))
+        scale = gamma / sigma
         stride, padding, dilation, groups = arguments
         shape = (1,) * (weight.ndim - 2)
         if weight.dtype == input.dtype and input.numel() < weight.numel():
             input = _times(input, scale)
         else:
             weight = (weight * scale.reshape(1, 1, *shape)).to(input.dtype)
-        return torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(shape), groups)
+        output = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(shape), groups)
+        return output, sigma
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 7
         with full_precision(grads[0]):  # also where backward is called under autocast
             return _ScaledConv.gradients(ctx, grads[0])
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, gamma, u, v = ctx.saved_tensors
+        input, weight, gamma, u, v, sigma = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.options
         need_input, need_weight, need_bias, need_gamma = ctx.needs_input_grad[:4]
         sizes = (weight.shape[0],)
         matrix = weight.flatten(1)
-        sigma = block_sigma(matrix, u, v, sizes)
+        if torch.is_grad_enabled():
+            sigma = block_sigma(matrix, u, v, sizes)
         wanted = [need_input, need_weight or need_gamma, False]
         zeros = [0] * (weight.ndim - 2)
         d_input, in_use, _ = torch.ops.aten.convolution_backward(

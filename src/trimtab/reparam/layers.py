@@ -4,14 +4,16 @@ A converted module keeps its ``weight`` and carries, beside it, the parameter ``
 ``sigma_v`` (nn.MultiheadAttention: ``in_proj_weight``, ``in_proj_gamma``, ``in_proj_sigma_u`` ...).
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.reparam.carried import Carried, as_matrix, carried_names, exact_start
+from trimtab.reparam.carried import Carried, Start, as_matrix, carried_names, exact_start, is_sharded, local, replicated, write_
+from trimtab.reparam.config import SigmaReparam
 from trimtab.reparam.functional import scaled_conv, scaled_linear
 from trimtab.spectral import Sizes, per_row
 
@@ -22,12 +24,13 @@ class Reparametrized(nn.Module):
     plain_class: ClassVar[type[nn.Module]]
     transposed: ClassVar[bool] = False
     _carried_sizes: dict[str, Sizes]
+    _sigma_config: SigmaReparam
 
     def carried(self, weight_name: str = "weight") -> Carried:
         """Return one converted weight with its gamma and vectors."""
         weight: Tensor = getattr(self, weight_name)
-        gamma, u, v = (getattr(self, name) for name in carried_names(weight_name))
-        return Carried(weight, as_matrix(weight, self.transposed), gamma, u, v, self._carried_sizes[weight_name])
+        gamma, basis, v = (getattr(self, name) for name in carried_names(weight_name))
+        return Carried(weight, as_matrix(weight, self.transposed), gamma, basis, v, self._carried_sizes[weight_name])
 
     def scaled(self, weight_name: str) -> Tensor:
         """Return gamma / sigma · W in the shape and dtype of the weight; differentiable in both."""
@@ -35,6 +38,18 @@ class Reparametrized(nn.Module):
         scale = per_row(c.gamma / c.sigma(), c.sizes)
         shape = (1, -1) if self.transposed else (-1,) + (1,) * (c.weight.ndim - 1)
         return (c.weight * scale.reshape(shape)).to(c.weight.dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register as usual, but keep gamma whole where tensor parallelism cuts every parameter of a layer alike.
+
+        A few numbers, which every process needs, are not worth cutting; and an empty piece of a gamma could not be
+        sharded once more by fully_shard, which replaces parameters without asking here.
+        """
+        before = self._parameters.get(name)
+        its_gamma = any(name == carried_names(weight_name)[0] for weight_name in self._carried_sizes)
+        if its_gamma and before is not None and param is not None and is_sharded(param) and not is_sharded(before):
+            param = nn.Parameter(replicated(param.detach()), param.requires_grad)
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept: dict[int, torch.dtype] = {}
@@ -47,6 +62,8 @@ class Reparametrized(nn.Module):
 
         def keep_precision(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
+            if id(tensor) in kept and tensor.is_meta and not changed.is_meta:
+                changed.fill_(math.nan)  # not yet known: `refresh_(exact=True)`, or loading, fills it in
             if id(tensor) in kept and torch.promote_types(changed.dtype, torch.float32) != changed.dtype:
                 return tensor.to(changed.device)  # moved, but not cast below float32
             return changed
@@ -64,6 +81,8 @@ class Reparametrized(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load as usual; a plain checkpoint (a weight without gamma and vectors) has them computed for it."""
+        for weight_name in self._carried_sizes:
+            self._fit_basis(state_dict, prefix + carried_names(weight_name)[1], self.carried(weight_name).basis)
         absent: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
         for weight_name in self._carried_sizes:
@@ -71,7 +90,7 @@ class Reparametrized(nn.Module):
             if prefix + weight_name in state_dict and all(key in absent for key in keys):
                 absent = [key for key in absent if key not in keys]
                 try:
-                    self._start_as_plain(weight_name)
+                    self.start_(weight_name, self.exact_start(weight_name), "spectral")
                 except ValueError as error:
                     error_msgs.append(f"{prefix}{weight_name} comes from a plain checkpoint: {error}")
             for name in carried_names(weight_name):
@@ -80,20 +99,47 @@ class Reparametrized(nn.Module):
                     self._put(name, tensor.detach().float(), tensor.requires_grad)
         missing_keys.extend(absent)
 
-    def _start_as_plain(self, weight_name: str) -> None:
-        """Give a freshly loaded plain weight the gamma and vectors with which it computes what it did."""
+    @staticmethod
+    def _fit_basis(state_dict: dict[str, Any], key: str, live: Tensor) -> None:
+        """Let a checkpoint made with another number of vectors load: its first ones count, the rest stay."""
+        saved = state_dict.get(key)
+        if not isinstance(saved, Tensor) or saved.ndim != 3 or saved.shape == live.shape or is_sharded(saved):
+            return
+        if (len(saved), saved.shape[2]) == (len(live), live.shape[2]) and not live.is_meta:
+            fitted = local(live).detach().clone()
+            count = min(saved.shape[1], live.shape[1])
+            fitted[:, :count] = saved[:, :count]
+            state_dict[key] = fitted
+
+    def exact_start(self, weight_name: str) -> Start:
+        """Return the exact vectors of one weight, and sigma as its gamma; errors as `carried.exact_start`."""
         c = self.carried(weight_name)
-        start = exact_start(c.matrix.detach(), c.sizes)
-        for name, value in zip(carried_names(weight_name), (start.gamma, start.u, start.v), strict=True):
+        if c.weight.is_meta:
+            raise ValueError("it is on the meta device: give it values first")
+        return exact_start(c.matrix.detach(), c.sizes, self._sigma_config.vectors)
+
+    def start_(self, weight_name: str, start: Start, gamma: Literal["keep", "spectral", "config"]) -> None:
+        """Write the vectors of one weight; gamma stays, becomes sigma, or what the configuration says."""
+        first_gamma = self._sigma_config.first_gamma(start.gamma) if gamma == "config" else start.gamma
+        values = dict(zip(carried_names(weight_name), (first_gamma, start.basis, start.v), strict=True))
+        if gamma == "keep":
+            del values[carried_names(weight_name)[0]]
+        for name, value in values.items():
             live: Tensor = getattr(self, name)
             if live.is_meta:
                 self._put(name, value, live.requires_grad)
             else:
-                live.data.copy_(value)
+                write_(live, value)
 
     def _put(self, name: str, value: Tensor, requires_grad: bool) -> None:
         is_parameter = name in self._parameters
         setattr(self, name, nn.Parameter(value, requires_grad) if is_parameter else value)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as the plain layer does, and start gamma and the vectors from them."""
+        super().reset_parameters()  # type: ignore[misc]
+        for weight_name in self._carried_sizes:
+            self.start_(weight_name, self.exact_start(weight_name), "config")
 
 
 class Linear(Reparametrized):

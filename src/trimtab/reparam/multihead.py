@@ -2,7 +2,7 @@
 
 torch's own forward hands ``in_proj_weight`` and ``out_proj.weight`` to a fused function that knows nothing of gamma,
 so the converted class has a forward of its own: the same arguments, masks and results, and one path for training and
-evaluation. Query, key and value each have their own sigma, packed or not.
+evaluation. Query, key and value each have their own sigma, packed or not, unless other blocks are asked for.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trimtab.reparam.functional import scaled_linear
 from trimtab.reparam.layers import Reparametrized
+from trimtab.spectral import Sizes, per_row
 
 
 class MultiheadAttention(Reparametrized):
@@ -97,11 +98,15 @@ class MultiheadAttention(Reparametrized):
             q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
             return q, k, v
         c = self.carried("in_proj_weight")
-        carried = zip(c.gamma.split(1), c.u.split(1), c.v.split(c.sizes), c.sizes, strict=True)
-        q, k, v = (
-            scaled_linear(x, w, b, gamma, u, left, (rows,))
-            for x, w, b, (gamma, u, left, rows) in zip(inputs, weights, biases, carried, strict=True)
-        )
+        thirds = _thirds(c.sizes)
+        if thirds is None:  # one sigma of rows that meet different inputs
+            c = c.replicated()
+            scales = per_row(c.gamma / c.sigma(), c.sizes).expand(3 * self.embed_dim).chunk(3)
+            q, k, v = (_scaled_output(*each) for each in zip(inputs, weights, biases, scales, strict=True))
+            return q, k, v
+        counts = [len(sizes) for sizes in thirds]
+        carried = zip(c.gamma.split(counts), c.u.split(counts), c.v.chunk(3), thirds, strict=True)
+        q, k, v = (scaled_linear(x, w, b, *own) for x, w, b, own in zip(inputs, weights, biases, carried, strict=True))
         return q, k, v
 
     def _linear(self, input: Tensor, weight_name: str, bias: Tensor | None) -> Tensor:
@@ -155,6 +160,25 @@ class MultiheadAttention(Reparametrized):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, E) -> (B, H, L, D)
 
 
+def _thirds(sizes: Sizes) -> list[Sizes] | None:
+    """Return the row blocks in each third of the rows, or None if one reaches across two."""
+    third, end = sum(sizes) // 3, 0
+    found: list[Sizes] = [(), (), ()]
+    for size in sizes:
+        first, last = end // third, (end + size - 1) // third
+        if first != last:
+            return None
+        found[first] += (size,)
+        end += size
+    return found
+
+
+def _scaled_output(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    output = F.linear(input, weight)
+    output = (output * scale).to(output.dtype)
+    return output if bias is None else output + bias.to(output.dtype)
+
+
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
@@ -163,8 +187,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def projection_weights(module: nn.MultiheadAttention) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the input projections of an attention module: (weight name, rows of each block)."""
-    if module._qkv_same_embed_dim:
-        return [("in_proj_weight", (module.embed_dim,) * 3)]
-    return [(f"{part}_proj_weight", (module.embed_dim,)) for part in "qkv"]
+def projection_weights(module: nn.MultiheadAttention) -> list[str]:
+    """Return the names of the input projections of an attention module."""
+    return ["in_proj_weight"] if module._qkv_same_embed_dim else [f"{part}_proj_weight" for part in "qkv"]

@@ -5,15 +5,13 @@ training shows 0, compilation folds them to constants), so the optimiser's own p
 """
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from trimtab.reparam.carried import Carried, is_sharded
-from trimtab.spectral import full_precision, power_iteration, store_vectors_
+from trimtab.reparam.refresh import refresh_vectors_
 
 _alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hook: Any = None
@@ -46,32 +44,3 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
     found = (place for p in matrices for place in by_weight.get(id(p), ()))
     refresh_vectors_(module.carried(weight_name) for module, weight_name in found)
-
-
-@torch.no_grad()
-def refresh_vectors_(carried: Iterable[Carried]) -> None:
-    """Move the vectors of each weight by one power iteration; vectors that several modules share move once."""
-    sharded: list[Carried] = []
-    seen: set[int] = set()
-    for c in carried:
-        if id(c.u) in seen or c.weight.is_meta:
-            continue
-        seen.add(id(c.u))
-        if is_sharded(c.weight):
-            sharded.append(c)
-            continue
-        with full_precision(c.weight):
-            right, left = power_iteration(c.matrix, c.u, c.sizes)
-            store_vectors_(c.u, c.v, right, left, c.sizes)
-    if sharded:
-        from trimtab.spectral.sharded import sharded_power_iteration
-
-        products = sharded_power_iteration([(c.matrix, local(c.u), c.sizes) for c in sharded])
-        for c, (right, left) in zip(sharded, products, strict=True):
-            store_vectors_(local(c.u), local(c.v), right, left, c.sizes)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's own copy of a replicated tensor."""
-    own: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return own

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.reparam.convert import fold_, sigma_gamma
+from trimtab.reparam.convert import fold_
+from trimtab.reparam.sigmas import sigma_gamma
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:

@@ -1,6 +1,29 @@
-"""The largest singular value of a weight: exact start, power iteration, per row block, sharded."""
+"""The largest singular value of a weight: exact start, block power iteration, per row block, sharded."""
 
-from trimtab.spectral.exact import spectral_norm
-from trimtab.spectral.power import Sizes, block_sigma, full_precision, per_row, power_iteration, store_vectors_
+from trimtab.spectral.exact import Leading, leading, spectral_norm
+from trimtab.spectral.iteration import block_iteration
+from trimtab.spectral.power import (
+    Sizes,
+    block_sigma,
+    full_precision,
+    is_even,
+    per_row,
+    right_vector_of_each_row,
+    sum_blocks,
+)
+from trimtab.spectral.products import thin_product
 
-__all__ = ["Sizes", "block_sigma", "full_precision", "per_row", "power_iteration", "spectral_norm", "store_vectors_"]
+__all__ = [
+    "Leading",
+    "Sizes",
+    "block_iteration",
+    "block_sigma",
+    "full_precision",
+    "is_even",
+    "leading",
+    "per_row",
+    "right_vector_of_each_row",
+    "spectral_norm",
+    "sum_blocks",
+    "thin_product",
+]

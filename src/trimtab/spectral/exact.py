@@ -1,13 +1,52 @@
-"""The largest singular value of one matrix, to the accuracy of its dtype: SVD when small, Lanczos when large."""
+"""The leading singular vectors of one matrix, to the accuracy of its dtype: SVD when small, Lanczos when large."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from trimtab.spectral.power import full_precision
+from trimtab.spectral.products import thin_product
 
 # Up to this shorter side a full SVD is the fastest exact answer on CPU and GPU alike; beyond it Lanczos wins by far.
 _SVD_MAX_SIDE = 128
 # Basis vectors kept before Lanczos starts afresh from its best estimate: bounds memory at 256 (rows + columns).
 _MAX_BASIS = 256
 _MAX_RESTARTS = 40
+
+
+class Leading(NamedTuple):
+    """The largest singular value of a matrix with its vectors, and the directions next in line.
+
+    Attributes:
+        sigma: shape ().
+        basis: orthonormal rows, shape (k, columns): the right singular vector of sigma first, then those of the next
+            singular values, exact after an SVD, else as good as Lanczos found them on its way to the first.
+        v: left singular vector of sigma, shape (rows,).
+    """
+
+    sigma: Tensor
+    basis: Tensor
+    v: Tensor
+
+
+class Operator(NamedTuple):
+    """A matrix known by what it does to a vector, so that it may lie in pieces on several processes.
+
+    Attributes:
+        shape: rows, columns.
+        like: a tensor of the dtype and device of the computation.
+        to_rows: maps u (columns,) to W u.
+        to_columns: maps v (rows,) to W^T v.
+        agree: turns one process's yes or no into that of all.
+    """
+
+    shape: tuple[int, int]
+    like: Tensor
+    to_rows: Callable[[Tensor], Tensor]
+    to_columns: Callable[[Tensor], Tensor]
+    agree: Callable[[bool], bool]
 
 
 def spectral_norm(matrix: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,34 +66,64 @@ def spectral_norm(matrix: Tensor, start: Tensor | None = None) -> tuple[Tensor, 
     Raises:
         ValueError: if the matrix is not two-dimensional, is empty, not floating, or holds NaN or inf.
     """
+    found = leading(matrix, 1, start)
+    return found.sigma, found.basis[0], found.v
+
+
+def leading(matrix: Tensor, count: int, start: Tensor | None = None) -> Leading:
+    """Return the largest singular value with its vectors, and ``count`` right vectors in all.
+
+    Args:
+        matrix: as for `spectral_norm`.
+        count: k, at most the shorter side of the matrix.
+        start: as for `spectral_norm`.
+
+    Raises:
+        ValueError: as `spectral_norm`.
+    """
     if matrix.ndim != 2 or matrix.numel() == 0 or not matrix.is_floating_point():
         raise ValueError(
             f"expected a floating matrix of shape (rows, columns), got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
-    with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        work = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-        if not bool(torch.isfinite(work).all()):
-            raise ValueError("expected a finite matrix, got NaN or inf entries: look at them before taking its norm")
-        # Scaled to entries of order one, so that squares neither overflow nor vanish.
-        scale = work.abs().max()
+    with torch.no_grad(), full_precision(matrix):
+        matrix = matrix.detach()
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        scale = largest_entry(matrix).to(dtype)
+        check_finite(scale)
         if not bool(scale > 0):
-            return scale, _first_axis(work[0]), _first_axis(work[:, 0])
-        if min(work.shape) <= _SVD_MAX_SIDE:
-            left, values, right = torch.linalg.svd(work / scale, full_matrices=False)
-            return values[0] * scale, right[0].clone(), left[:, 0].clone()
-        sigma, u, v = _lanczos(work, scale, _starting_vector(work, start))
-        return sigma * scale, u, v
+            axes = torch.eye(max(matrix.shape), dtype=dtype, device=matrix.device)
+            return Leading(scale, axes[:count, : matrix.shape[1]].clone(), axes[0, : matrix.shape[0]].clone())
+        if min(matrix.shape) <= _SVD_MAX_SIDE:
+            # Scaled to entries of order one, so that squares neither overflow nor vanish.
+            left, values, right = torch.linalg.svd(matrix.to(dtype) / scale, full_matrices=False)
+            return Leading(values[0] * scale, right[:count].clone(), left[:, 0].clone())
+        operator = Operator(
+            (matrix.shape[0], matrix.shape[1]),
+            matrix.new_empty(0, dtype=dtype),
+            lambda u: thin_product(u.view(1, 1, -1), matrix.t().unsqueeze(0)).view(-1) / scale,
+            lambda v: thin_product(v.view(1, 1, -1), matrix.unsqueeze(0)).view(-1) / scale,
+            lambda decision: decision,
+        )
+        found = lanczos(operator, count, start)
+        return found._replace(sigma=found.sigma * scale)
 
 
-def _first_axis(like: Tensor) -> Tensor:
-    axis = torch.zeros_like(like)
-    axis[0] = 1
-    return axis
+def largest_entry(matrix: Tensor) -> Tensor:
+    """Return the largest magnitude in a matrix, NaN if it holds one; no copy of the matrix is made."""
+    low, high = torch.aminmax(matrix)
+    return torch.maximum(low.abs(), high.abs())
 
 
-def _starting_vector(matrix: Tensor, start: Tensor | None) -> Tensor:
+def check_finite(largest: Tensor) -> None:
+    """Raise the ValueError for a matrix whose largest entry is NaN or inf."""
+    if not bool(torch.isfinite(largest)):
+        raise ValueError("expected a finite matrix, got NaN or inf entries: look at them before taking its norm")
+
+
+def _starting_vector(operator: Operator, start: Tensor | None) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)  # our own: the user's random state stays as it was
-    noise = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
+    like = operator.like
+    noise = torch.randn(operator.shape[1], generator=generator, dtype=like.dtype, device="cpu").to(like.device)
     noise = noise / noise.norm()
     if start is None:
         return noise
@@ -63,42 +132,62 @@ def _starting_vector(matrix: Tensor, start: Tensor | None) -> Tensor:
     return mixed / mixed.norm()
 
 
-def _lanczos(matrix: Tensor, scale: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Golub-Kahan-Lanczos bidiagonalisation of ``matrix / scale``, fully reorthogonalised, restarted when too long.
+def lanczos(operator: Operator, count: int, start: Tensor | None = None) -> Leading:
+    """Golub-Kahan-Lanczos bidiagonalisation, fully reorthogonalised, restarted when too long.
 
     Golub and Van Loan, Matrix Computations (4th ed.), section 10.4. With ``W U = V B`` for an upper bidiagonal B, the
-    residual of the leading singular triplet of B is ``|beta_k p_k|``; the error of sigma is quadratic in it.
+    residual of the leading singular triplet of B is ``|beta_k p_k|``; the error of sigma is at most that residual, and
+    at most its square over the gap to the next singular value.
     """
-    eps = torch.finfo(matrix.dtype).eps
-    # The error of sigma is about residual² / gap: a residual of 4e-6 (float32) leaves far less than 1e-6 of sigma
-    # at the edge of a Gaussian spectrum, where neighbouring singular values are a thousandth apart.
-    tolerance = 4e-6 if matrix.dtype == torch.float32 else 1e-11
-    size = min(_MAX_BASIS, *matrix.shape)
-    sigma, v = matrix.new_zeros(()), matrix.new_zeros(matrix.shape[0])
+    (rows, columns), like = operator.shape, operator.like
+    eps = torch.finfo(like.dtype).eps
+    size = min(_MAX_BASIS, rows, columns)
+    u = _starting_vector(operator, start)
     for _ in range(_MAX_RESTARTS):
-        U, V = matrix.new_zeros(size, matrix.shape[1]), matrix.new_zeros(size, matrix.shape[0])
+        U, V = like.new_zeros(size, columns), like.new_zeros(size, rows)
         B = torch.zeros(size, size + 1, dtype=torch.float64, device="cpu")
         for k in range(size):
             U[k] = u
-            left = _orthogonalise(matrix @ u / scale, V[:k])
+            left = _orthogonalise(operator.to_rows(u), V[:k])
             alpha, beta = float(left.norm()), 0.0
             # Below rounding, the basis already spans everything the matrix maps: its row of V and of B stays zero.
             if alpha > eps * float(B.max()):
                 B[k, k] = alpha
                 V[k] = left / alpha
-                u = _orthogonalise(V[k] @ matrix / scale, U[: k + 1])
+                u = _orthogonalise(operator.to_columns(V[k]), U[: k + 1])
                 beta = float(u.norm())
             B[k, k + 1] = beta
-            exhausted = beta <= eps * float(B.max())
+            exhausted = operator.agree(beta <= eps * float(B.max()))
             if exhausted or k % 4 == 3 or k == size - 1:
                 P, values, Q = torch.linalg.svd(B[: k + 1, : k + 1])
-                sigma = values[0].to(matrix)
-                best_u, best_v = Q[0].to(U) @ U[: k + 1], P[:, 0].to(V) @ V[: k + 1]
-                if exhausted or beta * abs(float(P[k, 0])) <= tolerance * float(values[0]):
-                    return sigma, best_u / best_u.norm(), best_v / best_v.norm()
+                residual = beta * abs(float(P[k, 0]))
+                gap = float(values[0] - values[1]) if k else float(values[0])
+                converged = residual * min(1.0, residual / max(gap, residual)) <= _tolerance(like) * float(values[0])
+                if exhausted or operator.agree(converged and k + 1 >= count) or k == size - 1:
+                    basis = _orthonormal_rows(Q[:count].to(U) @ U[: k + 1], count)
+                    v = P[:, 0].to(V) @ V[: k + 1]
+                    found = Leading(values[0].to(like), basis, v / v.norm())
+                    if exhausted or operator.agree(converged):
+                        return found
             u = u / beta
-        u, v = best_u / best_u.norm(), best_v / best_v.norm()
-    return sigma, u, v
+        u = found.basis[0]
+    return found
+
+
+def _tolerance(like: Tensor) -> float:
+    """Bound on the relative error of sigma at which Lanczos stops; the error itself is a hundred times smaller."""
+    return 1e-6 if like.dtype == torch.float32 else 1e-15
+
+
+def _orthonormal_rows(vectors: Tensor, count: int) -> Tensor:
+    """Return ``count`` orthonormal rows, the first of which span those given; the rest are drawn from a fixed seed."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    more = torch.randn(count - len(vectors), vectors.shape[1], generator=generator, dtype=vectors.dtype, device="cpu")
+    rows: list[Tensor] = []
+    for vector in torch.cat([vectors, more.to(vectors.device)]):
+        rest = _orthogonalise(vector, torch.stack(rows)) if rows else vector
+        rows.append(rest / rest.norm())
+    return torch.stack(rows)
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> Tensor:

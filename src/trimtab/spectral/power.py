@@ -1,4 +1,4 @@
-"""Sigma of a weight from the singular vectors it carries, and the power iteration that moves those vectors.
+"""Sigma of a weight from the singular vectors it carries.
 
 A matrix may be cut into blocks of rows (query | key | value), each with a sigma of its own. ``sizes`` gives the rows of
 each block; u holds one right vector per block, v the left vectors of all blocks end to end.
@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from trimtab.spectral.products import thin_product
 
 Sizes = tuple[int, ...]
 
@@ -25,12 +27,16 @@ def block_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
         Shape (blocks,), in the precision of the vectors.
     """
     with full_precision(matrix):
-        matrix = matrix.to(u.dtype)
-        if len(sizes) == 1:
-            # Written as products of matrices, which sharded tensors know how to split.
-            return (v.unsqueeze(0) @ (matrix @ u.t())).reshape(1)
-        blocks = zip(matrix.split(sizes), u.unbind(), v.split(sizes), strict=True)
-        return torch.stack([v_block @ (block @ u_block) for block, u_block, v_block in blocks])
+        if hasattr(matrix, "device_mesh"):
+            # Written as whole products, which sharded tensors know how to split.
+            products = (matrix.to(u.dtype) @ u.t()) * v.unsqueeze(1)
+            return (products * _membership(sizes, products)).sum(0)
+        if is_even(sizes):
+            blocks = matrix.unflatten(0, (len(sizes), sizes[0]))
+            image = thin_product(u.unsqueeze(1), blocks.transpose(1, 2))
+            return (image.squeeze(1) * v.view(len(sizes), -1)).sum(1)
+        parts = zip(matrix.split(sizes), u.unbind(), v.split(sizes), strict=True)
+        return torch.cat([block_sigma(block, right.unsqueeze(0), left, (len(left),)) for block, right, left in parts])
 
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
@@ -39,45 +45,44 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def is_even(sizes: Sizes) -> bool:
+    """Say whether all blocks have the same number of rows, so that a matrix is a stack of them."""
+    return sizes.count(sizes[0]) == len(sizes)
+
+
 def per_row(values: Tensor, sizes: Sizes) -> Tensor:
     """Repeat one value per block, shape (blocks,), to one per row, shape (rows,); one block stays (1,)."""
     if len(sizes) == 1:
         return values
+    if is_even(sizes):
+        return values.unsqueeze(1).expand(len(sizes), sizes[0]).reshape(-1)
     return torch.cat([value.expand(size) for value, size in zip(values.split(1), sizes, strict=True)])
 
 
-def power_iteration(matrix: Tensor, u: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """One power iteration per block: ``v = W u / |W u|``, then ``u = W^T v / |W^T v|``.
-
-    Args:
-        matrix: shape (rows, columns).
-        u: right vectors, shape (blocks, columns).
-        sizes: rows of each block.
-
-    Returns:
-        The unnormalised products ``(W^T W u, W u)`` of shapes (blocks, columns) and (rows,), to be written with
-        `store_vectors_`.
-    """
+def sum_blocks(values: Tensor, sizes: Sizes) -> Tensor:
+    """Sum one value per row, shape (rows,), to one per block, shape (blocks,)."""
     if len(sizes) == 1:
-        matrix = matrix.to(u.dtype)
-        product = matrix @ u[0]
-        return (product @ matrix).unsqueeze(0), product
-    blocks = list(zip(matrix.to(u.dtype).split(sizes), u, strict=True))
-    left = [block @ u_block for block, u_block in blocks]
-    right = [z @ block for (block, _), z in zip(blocks, left, strict=True)]
-    return torch.stack(right), torch.cat(left)
+        return values.sum(0, keepdim=True)
+    if hasattr(values, "device_mesh"):
+        return (values.unsqueeze(1) * _membership(sizes, values)).sum(0)
+    if is_even(sizes):
+        return values.view(len(sizes), -1).sum(1)
+    return torch.stack([part.sum() for part in values.split(sizes)])
 
 
-def store_vectors_(u: Tensor, v: Tensor, right: Tensor, left: Tensor, sizes: Sizes) -> None:
-    """Normalise the products of a power iteration and write them into u and v.
+def right_vector_of_each_row(u: Tensor, sizes: Sizes) -> Tensor:
+    """Return, for every row, the right vector of its block: shape (rows, columns), or (1, columns) for one block."""
+    return u if len(sizes) == 1 else _membership(sizes, u) @ u
 
-    A product that is zero or not finite says nothing about direction: that block then keeps its old vectors, so one
-    bad step does not poison the rest of a run.
-    """
-    v_parts, left_parts = ((v,), (left,)) if len(sizes) == 1 else (v.split(sizes), left.split(sizes))
-    for u_block, v_block, right_block, left_block in zip(u, v_parts, right, left_parts, strict=True):
-        right_norm, left_norm = right_block.norm(), left_block.norm()
-        product = right_norm * left_norm
-        usable = (product > 0) & (product < torch.inf)  # neither holds for NaN
-        u_block.copy_(torch.where(usable, right_block / right_norm, u_block))
-        v_block.copy_(torch.where(usable, left_block / left_norm, v_block))
+
+def _membership(sizes: Sizes, like: Tensor) -> Tensor:
+    """Return 1 where a row (first dimension) belongs to a block (second), else 0; a replica on the mesh of ``like``."""
+    rows = torch.tensor(sizes, device=like.device)
+    owners = torch.arange(len(sizes), device=like.device).repeat_interleave(rows, output_size=sum(sizes))
+    mask = torch.nn.functional.one_hot(owners, len(sizes)).to(like.dtype)
+    if not hasattr(like, "device_mesh"):
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,0 +1,54 @@
+"""Looking at the sigmas of a converted model: what they are, and how far from the truth."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.reparam.carried import Carried, true_sigma, whole
+from trimtab.reparam.layers import Reparametrized
+
+
+@torch.no_grad()
+def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return (sigma, gamma) of every converted weight by its dotted name, each of shape (blocks,), detached.
+
+    Of sharded weights every process gets all values; every process must ask.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, carried in _converted_weights(model):
+        c = carried.replicated()
+        found[name] = (whole(c.sigma()).detach(), whole(c.gamma.detach()).clone())
+    return found
+
+
+@torch.no_grad()
+def sigma_error(model: nn.Module) -> dict[str, Tensor]:
+    """Return ``true sigma / sigma in use - 1`` of every converted weight by its dotted name, each of shape (blocks,).
+
+    The sigma in use is ``v^T W u`` of carried vectors, never above the true one, the exact largest singular value.
+    It lags behind while a weight turns quickly; with the error at e, the weight in use has a spectral norm of
+    gamma · (1 + e) instead of gamma. The exact value takes an SVD of small weights, some tens of products with large
+    ones: something for logging steps, which `trimtab.Watch` does.
+
+    Args:
+        model: any; a model without converted layers has no errors. Of sharded weights every process gets all
+            values, and every process must ask.
+
+    Returns:
+        float32 or float64 tensors; NaN for a weight that is not finite.
+    """
+    errors: dict[str, Tensor] = {}
+    for name, carried in _converted_weights(model):
+        estimate = whole(carried.replicated().sigma()).detach()
+        errors[name] = true_sigma(carried.matrix.detach(), carried.sizes, carried.u).to(estimate) / estimate - 1
+    return errors
+
+
+def _converted_weights(model: nn.Module) -> Iterator[tuple[str, Carried]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Reparametrized):
+            for weight_name in module._carried_sizes:
+                carried = module.carried(weight_name)
+                if not carried.weight.is_meta:
+                    yield f"{name}.{weight_name}".lstrip("."), carried
