@@ -137,8 +137,11 @@ def test_sigma_and_gamma_of_converted_weights(tiny, train, tmp_path) -> None:
     assert "head.weight" not in watch.last["gamma"]
     assert set(watch.last["sigma"]) - {"head.weight"} == set(watch.last["gamma"])
     for gamma in watch.last["gamma"].values():
-        assert gamma == pytest.approx([1.0], abs=0.1)
-        assert gamma != [1.0]  # it has taken a step
+        assert gamma == pytest.approx([1.0] * len(gamma), abs=0.1)
+        assert 1.0 not in gamma  # each has taken a step
+    assert set(watch.last["sigma_error"]) == set(watch.last["gamma"])
+    for errors in watch.last["sigma_error"].values():
+        assert errors == pytest.approx([0.0] * len(errors), abs=1e-3)  # one small step from the exact vectors
 
 
 def test_metrics_join_the_line_of_a_logged_step(tiny, train, tmp_path) -> None:

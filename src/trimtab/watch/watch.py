@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from trimtab.reparam import sigma_gamma
+from trimtab.reparam import sigma_error, sigma_gamma
 from trimtab.watch.alarms import Alarm, CollapseAlarm, Head, Reading
 from trimtab.watch.runlog import RunLog, refuse_used, run_info
 from trimtab.watch.signals import HeadStats, plain_sigmas
@@ -27,7 +27,7 @@ _watched: WeakSet[nn.Module] = WeakSet()
 # What a line of the log holds by itself, in its order; metrics take other names and follow.
 _OWN_NAMES = (
     *("step", "loss", "lr", "grad_norm", "entropy_min", "entropy_mean", "max_logit"),
-    *("sigma", "gamma", "alarms", "time"),
+    *("sigma", "gamma", "sigma_error", "alarms", "time"),
 )
 
 
@@ -41,8 +41,9 @@ class Watch:
 
     Step n (counted from 1) is logged when it is the first or a multiple of `every`. Logged are loss, learning
     rate, gradient norm, attention entropy and largest logit of every head, and the spectral norm sigma of every
-    weight (with gamma, where it is converted). Training is not changed: the weights end bit-identical to those of
-    an unwatched run, and steps that are not logged cost next to nothing.
+    weight (where it is converted: the sigma in use, gamma, and the error ``true sigma / sigma in use - 1``).
+    Training is not changed: the weights end bit-identical to those of an unwatched run, and steps that are not
+    logged cost next to nothing.
 
     What is seen: attention that goes through `scaled_dot_product_attention` in forwards of `model` itself, in
     training mode and eager; optimisers that derive from `torch.optim.Optimizer`. The rest is absent from the log,
@@ -182,6 +183,7 @@ class Watch:
             line["sigma"] = sigma
         if converted:
             line["gamma"] = {name: gammas.tolist() for name, (_, gammas) in converted.items()}
+            line["sigma_error"] = {name: errors.tolist() for name, errors in sigma_error(self._model).items()}
         return line
 
     def _check(self, loss: object, metrics: Mapping[str, object]) -> None:
