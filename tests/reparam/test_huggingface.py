@@ -55,8 +55,10 @@ def test_gpt2_is_converted_trains_ties_resizes_saves_folded_and_reloads(tmp_path
     assert len(sigma_gamma(model)) == 8
     for block in model.transformer.h:  # square and rectangular Conv1D weights alike
         for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            sigma = torch.linalg.matrix_norm(layer.weight.detach(), 2)
-            torch.testing.assert_close(layer.sigma_v @ layer.weight.t() @ layer.sigma_u[0, 0], sigma)
+            carried = layer.carried()
+            assert len(carried.sizes) == (3 if layer is block.attn.c_attn else 1)  # query | key | value
+            sigmas = [torch.linalg.matrix_norm(part, 2) for part in carried.matrix.detach().split(carried.sizes)]
+            torch.testing.assert_close(carried.sigma().detach(), torch.stack(sigmas))
 
     losses = train_(model)
     assert losses[-1] < losses[0]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trimtab as tt
@@ -238,3 +239,30 @@ def test_gpt2_keeps_its_logits_trains_folds_and_loads_plain(tmp_path: Path) -> N
     torch.testing.assert_close(plain(ids).logits, after, rtol=1e-5, atol=1e-5)
     tt.fold_(model)
     torch.testing.assert_close(model(ids).logits, after, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_model_writes_and_reties_what_it_carries_under_one_name(tmp_path: Path) -> None:
+    model = gpt2()
+    own_keys = model.__dict__.get("_tied_weights_keys")
+    tt.reparametrize_(model, SigmaReparam(embeddings=True))
+    model.save_pretrained(tmp_path)  # converted, as a trainer's checkpoints are
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "transformer.wte.gamma" in saved
+    assert "lm_head.gamma" not in saved
+
+    restored = tt.reparametrize_(gpt2(), SigmaReparam(embeddings=True))
+    with torch.no_grad():
+        model.transformer.wte.gamma.mul_(1.5)
+    state = copy.deepcopy(model.state_dict())
+    restored.load_state_dict(state, assign=True)  # torch unties what is assigned ...
+    restored.tie_weights()  # ... and the model ties it again: weight, gamma and vectors
+    table = restored.transformer.wte
+    for name in ("weight", "gamma", "sigma_u", "sigma_v"):
+        assert getattr(restored.lm_head, name) is getattr(table, name)
+    ids = torch.arange(12).reshape(1, 12) % 17
+    torch.testing.assert_close(restored(ids).logits, model(ids).logits)
+
+    tt.fold_(model)
+    assert model.__dict__.get("_tied_weights_keys") == own_keys
+    model.tie_weights()
+    assert model.lm_head.weight is model.transformer.wte.weight

@@ -66,20 +66,23 @@ def local(tensor: Tensor) -> Tensor:
 
 def replica(tensor: Tensor, sharded: Tensor) -> Tensor:
     """Return a tensor that is the same on all processes as a replica on the mesh of a sharded one."""
-    if is_sharded(tensor):
-        return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = sharded.device_mesh  # type: ignore[attr-defined]
-    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return DTensor.from_local(local(tensor), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def cut_like(target: Tensor, value: Tensor) -> Tensor:
+    """Return a value that is the same on all processes cut as a tensor that may be sharded; nothing is sent."""
+    if not is_sharded(target):
+        return value
+    return replica(value, target).redistribute(placements=target.placements)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
 def write_(target: Tensor, value: Tensor) -> None:
     """Copy a value that is the same on all processes into a tensor, which may be sharded; nothing is sent."""
-    if is_sharded(target):
-        value = replica(value.to(target.dtype), target).redistribute(placements=target.placements)  # type: ignore[attr-defined]
-    target.copy_(value)
+    target.copy_(cut_like(target, value.to(target.dtype)))
 
 
 def memory_of(parameter: Tensor) -> int:
@@ -133,7 +136,8 @@ def exact_start(matrix: Tensor, sizes: Sizes, vectors: int) -> Start:
     found = [find(count, None) for find in _finders(matrix, sizes)]
     if any(not bool(each.sigma > 0) for each in found):
         raise ValueError(
-            "it is zero, so it has no direction to normalise: initialise it, or leave it out with filter_fn"
+            "it, or one of its row blocks, is zero, so it has no direction to normalise: initialise it, give it fewer "
+            "blocks, or leave it out with filter_fn"
         )
     basis, v = torch.stack([each.basis for each in found]), torch.cat([each.v for each in found])
     if is_sharded(matrix):

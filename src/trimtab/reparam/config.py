@@ -37,7 +37,8 @@ class SigmaReparam:
             nn.MultiheadAttention and of fused layers known to hold them one after the other. "one": one for every
             weight. "heads": one per attention head of every query, key and value projection. A function of
             (layer, dotted name): a number of equal blocks, the rows of each, or None for what "auto" does.
-        embeddings: whether nn.Embedding is converted too, and with it a head that is tied to it.
+        embeddings: whether nn.Embedding is converted too, and with it a head that is tied to it. Code that multiplies
+            by the embedding's weight without a layer of its own reads the trained weight, not the one in use.
         skip_zero: whether weights that are zero (a fresh LoRA factor, a zero-initialised output layer), which have
             no direction to normalise, are left plain instead of refused.
 

@@ -13,6 +13,7 @@ from trimtab.reparam.config import FilterFn, SigmaReparam
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import Site, choose
 from trimtab.reparam.refresh import refresh_vectors_
+from trimtab.reparam.ties import forget_ties_, name_ties_
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -21,11 +22,13 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
     """Put sigma-Reparam on a model's weights, in place: each is used as ``gamma / sigma(W) · W``.
 
     Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse", ICML 2023,
-    arXiv 2303.06296. Converted are nn.Linear, nn.Conv1d/2d/3d (flattened to (out, in · kernel)), nn.MultiheadAttention
-    (query, key and value each with its own sigma) and Hugging Face's Conv1D. ``module.weight`` stays the very same
-    Parameter; beside it stands a new one, ``gamma``. Build the optimiser after converting, or give it the gammas with
-    ``add_param_group``. The singular vectors start exact and take one power iteration after every step of any
-    torch.optim optimiser that holds the weights; for other optimisers, and for averaged weights, call `refresh_`.
+    arXiv 2303.06296. Converted are nn.Linear, nn.Conv1d/2d/3d (flattened to (out, in · kernel)), nn.MultiheadAttention,
+    Hugging Face's Conv1D and, on request, nn.Embedding; query, key and value inside one weight each have a sigma of
+    their own (see `SigmaReparam`). ``module.weight`` stays the very same Parameter; beside it stands a new one,
+    ``gamma``. Build the optimiser after converting, or give it the gammas with ``add_param_group``. The singular
+    vectors start exact and take one block power iteration after every step of any torch.optim optimiser that holds
+    the weights; for other optimisers, and for averaged weights, call `refresh_`. A model on the meta device may be
+    converted too: load a state dict into it, or give its weights values and call ``refresh_(model, exact=True)``.
 
     Args:
         model: any module; also a single layer.
@@ -38,8 +41,8 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
 
     Raises:
         ConversionError: if a chosen layer is already converted, of an unknown kind, shared by nothing but layers left
-            alone, or has a weight that is zero, not finite, sharded or on the meta device; or if nothing is chosen.
-            The model is then exactly as it was.
+            alone, or has a weight that is zero, not finite or sharded; or if nothing is chosen. The model is then
+            exactly as it was.
         TypeError: if the model is not a module or config not a SigmaReparam.
     """
     expect_module(model)
@@ -63,6 +66,7 @@ def reparametrize_(model: ModelT, config: SigmaReparam | None = None, filter_fn:
     for module, its_starts in by_module.values():
         carry_(module, its_starts, config)
     fastpath.switch_off_(model)
+    name_ties_(model)
     return model
 
 
@@ -99,8 +103,8 @@ def fold_(model: ModelT) -> ModelT:
         The model.
 
     Raises:
-        ConversionError: if nothing in it is converted, or a weight is not finite, sharded, or no parameter of its
-            own any more; the model is then as it was.
+        ConversionError: if nothing in it is converted, or a weight is not finite, sharded, on the meta device, or no
+            parameter of its own any more; the model is then as it was.
         TypeError: if the model is not a module.
     """
     converted = _converted(model, "nothing to fold: no layer of this model is converted (or it was folded before)")
@@ -119,6 +123,8 @@ def fold_(model: ModelT) -> ModelT:
                         f"{full_name} is sharded: load the full state dict into a converted model of one process and "
                         "fold that"
                     )
+                if weight.is_meta:
+                    raise ConversionError(f"{full_name} is on the meta device: give it values first")
                 if memory_of(weight) in folded:
                     continue
                 value = module.scaled(weight_name)
@@ -133,6 +139,7 @@ def fold_(model: ModelT) -> ModelT:
     for _, module in converted:
         drop_(module)
     fastpath.restore_(model)
+    forget_ties_(model)
     return model
 
 
@@ -146,7 +153,9 @@ def refresh_(model: ModelT, *, exact: bool = False) -> ModelT:
         model: a converted model.
         exact: False: one block iteration, as after an optimiser step. True: the exact vectors, as at conversion;
             and, in a model that was converted on the meta device and has its weights now, the gammas that its
-            configuration asks for. Weights may be sharded; then every process must ask.
+            configuration asks for. Layers that hold one Parameter share their gammas again if these are equal: moved
+            off the meta device, or loaded by assignment, tied tensors come apart. Weights may be sharded; then every
+            process must ask.
 
     Returns:
         The model.
@@ -169,6 +178,13 @@ def refresh_(model: ModelT, *, exact: bool = False) -> ModelT:
     for (_, module, weight_name), start in zip(places, starts, strict=True):
         never_set = bool(whole(module.carried(weight_name).gamma.detach()).isnan().all())
         module.start_(weight_name, start, "config" if never_set else "keep")
+    first_gammas: dict[int, nn.Parameter] = {}
+    for _, module, weight_name in places:
+        gamma_name = carried_names(weight_name)[0]
+        weight, gamma = module._parameters.get(weight_name), module._parameters.get(gamma_name)
+        if weight is not None and gamma is not None and not is_sharded(gamma):
+            first = first_gammas.setdefault(id(weight), gamma)
+            module._parameters[gamma_name] = first if torch.equal(first, gamma) else gamma
     return model
 
 

@@ -17,9 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.reparam.carried import Carried, is_sharded
-from trimtab.reparam.functional import _apply, _inner_products, _replicated, _times, _without_sigmas_part_
+from trimtab.reparam.functional import _apply, _inner_products, _times, _without_sigmas_part_
 from trimtab.reparam.layers import Reparametrized
-from trimtab.spectral import Sizes, block_sigma, full_precision, per_row, right_vector_of_each_row, sum_blocks
+from trimtab.spectral import (
+    Sizes,
+    block_sigma,
+    full_precision,
+    per_row,
+    replicated,
+    right_vector_of_each_row,
+    sum_blocks,
+)
 
 
 class Embedding(Reparametrized):
@@ -84,7 +92,7 @@ def scaled_embedding(
     Returns:
         Shape (..., embedding_dim), in the dtype of the weight; as in torch, autocast does not cast it.
     """
-    gamma = _replicated(gamma)
+    gamma = replicated(gamma)
     return _apply(
         _ScaledEmbedding, indices, weight, gamma, u.clone(), v.clone(), sizes, padding_idx, scale_grad_by_freq
     )

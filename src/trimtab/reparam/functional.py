@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.reparam.carried import is_sharded
-from trimtab.spectral import Sizes, block_sigma, full_precision, is_even, per_row, right_vector_of_each_row, sum_blocks
+from trimtab.spectral import Sizes, block_sigma, full_precision, is_even, membership, per_row, replicated, sum_blocks
 
 
 def scaled_linear(
@@ -39,7 +39,7 @@ def scaled_linear(
     Returns:
         Shape (..., out), in the input's dtype or in autocast's.
     """
-    gamma = _replicated(gamma)
+    gamma = replicated(gamma)
     dtype = _autocast_dtype(input, weight)
     if dtype is None:
         return _apply(_ScaledLinear, input, weight, bias, gamma, u.clone(), v.clone(), sizes)
@@ -85,23 +85,13 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
 def _autocast_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
     """Return the dtype autocast would compute in here, or None where it leaves the input alone."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if input.dtype != weight.dtype:
         raise RuntimeError(
             f"expected an input of the weight's dtype {weight.dtype}, got {input.dtype}: cast it, or use autocast"
         )
     return None
-
-
-def _replicated(gamma: Tensor) -> Tensor:
-    """Tensor parallelism shards every parameter of a layer, gamma too; every rank needs all of it."""
-    if not is_sharded(gamma):
-        return gamma
-    from torch.distributed.tensor import Replicate
-
-    replicated: Tensor = gamma.redistribute(placements=[Replicate()] * gamma.device_mesh.ndim)  # type: ignore[attr-defined]
-    return replicated
 
 
 def _times(tensor: Tensor, scale: Tensor) -> Tensor:
@@ -232,10 +222,23 @@ def _weight_gradients(
     d_gamma = _inner_products(in_use, matrix, u.dtype, sizes) / sigma
     scale = per_row(gamma / sigma, sizes).unsqueeze(1)
     if torch.is_grad_enabled() or is_sharded(in_use):
-        left = (v * per_row(d_gamma, sizes)).to(in_use.dtype).unsqueeze(1)
-        rest = in_use - left * right_vector_of_each_row(u, sizes).to(in_use.dtype)
+        left = (v * per_row(d_gamma, sizes)).unsqueeze(1) * membership(sizes, v)
+        rest = in_use - _cut_as(in_use, 0, left.to(in_use.dtype)) @ _cut_as(in_use, 1, u.to(in_use.dtype))
         return _times(rest, scale), d_gamma.to(gamma.dtype)
     return _without_sigmas_part_(in_use, d_gamma, u, v, sizes).mul_(scale), d_gamma.to(gamma.dtype)
+
+
+def _cut_as(matrix: Tensor, dim: int, factor: Tensor) -> Tensor:
+    """Cut one factor of a product, whole on every process, as a sharded matrix is cut along its rows or columns.
+
+    Their product then never exists in more than the pieces that each process needs; nothing is sent.
+    """
+    if not is_sharded(matrix):
+        return factor
+    from torch.distributed.tensor import Replicate
+
+    placements = [place if place.is_shard(dim) else Replicate() for place in matrix.placements]  # type: ignore[attr-defined]
+    return factor.redistribute(placements=placements)  # type: ignore[attr-defined]
 
 
 def _without_sigmas_part_(in_use: Tensor, amounts: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
@@ -244,7 +247,7 @@ def _without_sigmas_part_(in_use: Tensor, amounts: Tensor, u: Tensor, v: Tensor,
     if len(sizes) == 1:
         return in_use.addr_(left, right[0], alpha=-1)
     if is_even(sizes):
-        blocks = in_use.unflatten(0, (len(sizes), sizes[0]))
+        blocks = in_use.view(len(sizes), sizes[0], in_use.shape[1])
         blocks.baddbmm_(left.view(len(sizes), -1, 1), right.unsqueeze(1), alpha=-1)
         return in_use
     for block, own_left, own_right in zip(in_use.split(sizes), left.split(sizes), right, strict=True):

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.reparam.carried import Carried, Start, as_matrix, carried_names, exact_start, is_sharded, local, replicated, write_
+from trimtab.reparam.carried import Carried, Start, as_matrix, carried_names, cut_like, exact_start, is_sharded, write_
 from trimtab.reparam.config import SigmaReparam
 from trimtab.reparam.functional import scaled_conv, scaled_linear
-from trimtab.spectral import Sizes, per_row
+from trimtab.spectral import Sizes, per_row, replicated
+from trimtab.spectral.exact import _orthonormal_rows
 
 
 class Reparametrized(nn.Module):
@@ -83,6 +84,7 @@ class Reparametrized(nn.Module):
         """Load as usual; a plain checkpoint (a weight without gamma and vectors) has them computed for it."""
         for weight_name in self._carried_sizes:
             self._fit_basis(state_dict, prefix + carried_names(weight_name)[1], self.carried(weight_name).basis)
+            self._drop_own(state_dict, prefix, weight_name)
         absent: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
         for weight_name in self._carried_sizes:
@@ -101,15 +103,24 @@ class Reparametrized(nn.Module):
 
     @staticmethod
     def _fit_basis(state_dict: dict[str, Any], key: str, live: Tensor) -> None:
-        """Let a checkpoint made with another number of vectors load: its first ones count, the rest stay."""
+        """Let a checkpoint made with another number of vectors load: its first ones count, new ones are drawn."""
         saved = state_dict.get(key)
         if not isinstance(saved, Tensor) or saved.ndim != 3 or saved.shape == live.shape or is_sharded(saved):
             return
-        if (len(saved), saved.shape[2]) == (len(live), live.shape[2]) and not live.is_meta:
-            fitted = local(live).detach().clone()
-            count = min(saved.shape[1], live.shape[1])
-            fitted[:, :count] = saved[:, :count]
-            state_dict[key] = fitted
+        if (len(saved), saved.shape[2]) == (len(live), live.shape[2]):
+            count = live.shape[1]  # what lives there is no help: in a model fresh from the meta device it is NaN
+            state_dict[key] = torch.stack([_orthonormal_rows(own[:count].to(live.dtype), count) for own in saved])
+
+    def _drop_own(self, state_dict: dict[str, Any], prefix: str, weight_name: str) -> None:
+        """Drop gamma and vectors that are this module's own, beside a weight that is not: no checkpoint held them.
+
+        torch.distributed's ``set_model_state_dict`` fills what a full state dict lacks with the tensors of the model.
+        """
+        names = carried_names(weight_name)
+        own = [state_dict.get(prefix + name) is getattr(self, name) for name in (*names, weight_name)]
+        if own == [True, True, True, False] and prefix + weight_name in state_dict:
+            for name in names:
+                del state_dict[prefix + name]
 
     def exact_start(self, weight_name: str) -> Start:
         """Return the exact vectors of one weight, and sigma as its gamma; errors as `carried.exact_start`."""
@@ -126,8 +137,8 @@ class Reparametrized(nn.Module):
             del values[carried_names(weight_name)[0]]
         for name, value in values.items():
             live: Tensor = getattr(self, name)
-            if live.is_meta:
-                self._put(name, value, live.requires_grad)
+            if live.is_meta or torch.promote_types(live.dtype, value.dtype) != live.dtype:
+                self._put(name, cut_like(live, value), live.requires_grad)
             else:
                 write_(live, value)
 
@@ -137,9 +148,17 @@ class Reparametrized(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as the plain layer does, and start gamma and the vectors from them."""
-        super().reset_parameters()  # type: ignore[misc]
+        names = ("reset_parameters", "_reset_parameters")  # the second is nn.MultiheadAttention's
+        draw = next((getattr(self.plain_class, name) for name in names if hasattr(self.plain_class, name)), None)
+        if draw is None:
+            raise NotImplementedError(
+                f"{self.plain_class.__name__} has no reset_parameters: draw its weight by your own rule, then call "
+                "trimtab.refresh_(model, exact=True)"
+            )
+        draw(self)
         for weight_name in self._carried_sizes:
-            self.start_(weight_name, self.exact_start(weight_name), "config")
+            if not self.carried(weight_name).weight.is_meta:
+                self.start_(weight_name, self.exact_start(weight_name), "config")
 
 
 class Linear(Reparametrized):

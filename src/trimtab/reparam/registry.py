@@ -4,6 +4,7 @@ Version counters cannot tell when a weight was updated (fused optimisers and ``.
 training shows 0, compilation folds them to constants), so the optimiser's own post-step hook does.
 """
 
+import warnings
 import weakref
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trimtab.reparam.carried import carried_names
 from trimtab.reparam.refresh import refresh_vectors_
 
 _alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_known_to_be_used: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hook: Any = None
 
 
@@ -30,6 +33,23 @@ def discard(module: nn.Module) -> None:
     _alive.discard(module)
 
 
+def _warn_if_bypassed(module: Any, weight_name: str) -> None:
+    """Say once if a weight had a gradient and its gamma none: then something reads the weight past the layer."""
+    if module in _known_to_be_used:
+        return
+    gamma = module.get_parameter(carried_names(weight_name)[0])
+    if getattr(module, weight_name).grad is None or not gamma.requires_grad:
+        return
+    _known_to_be_used.add(module)
+    if gamma.grad is None:
+        warnings.warn(
+            f"{module.plain_class.__name__} {tuple(module.get_parameter(weight_name).shape)}: its {weight_name} got a "
+            "gradient but its gamma none, so some code reads the weight itself and sigma-Reparam has no effect on it. "
+            "Leave that layer out with filter_fn (`trimtab.describe(model)` names the layers)",
+            stacklevel=2,
+        )
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     matrices = [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
     wanted = {id(p) for p in matrices}
@@ -41,6 +61,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             key = id(module._parameters.get(weight_name))
             if key in wanted:
                 by_weight.setdefault(key, []).append((module, weight_name))
+                _warn_if_bypassed(module, weight_name)
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
     found = (place for p in matrices for place in by_weight.get(id(p), ()))
     refresh_vectors_(module.carried(weight_name) for module, weight_name in found)

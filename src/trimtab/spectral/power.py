@@ -30,7 +30,7 @@ def block_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
         if hasattr(matrix, "device_mesh"):
             # Written as whole products, which sharded tensors know how to split.
             products = (matrix.to(u.dtype) @ u.t()) * v.unsqueeze(1)
-            return (products * _membership(sizes, products)).sum(0)
+            return replicated((products * membership(sizes, products)).sum(0))
         if is_even(sizes):
             blocks = matrix.unflatten(0, (len(sizes), sizes[0]))
             image = thin_product(u.unsqueeze(1), blocks.transpose(1, 2))
@@ -62,9 +62,9 @@ def per_row(values: Tensor, sizes: Sizes) -> Tensor:
 def sum_blocks(values: Tensor, sizes: Sizes) -> Tensor:
     """Sum one value per row, shape (rows,), to one per block, shape (blocks,)."""
     if len(sizes) == 1:
-        return values.sum(0, keepdim=True)
+        return replicated(values.sum(0, keepdim=True))
     if hasattr(values, "device_mesh"):
-        return (values.unsqueeze(1) * _membership(sizes, values)).sum(0)
+        return replicated((values.unsqueeze(1) * membership(sizes, values)).sum(0))
     if is_even(sizes):
         return values.view(len(sizes), -1).sum(1)
     return torch.stack([part.sum() for part in values.split(sizes)])
@@ -72,17 +72,29 @@ def sum_blocks(values: Tensor, sizes: Sizes) -> Tensor:
 
 def right_vector_of_each_row(u: Tensor, sizes: Sizes) -> Tensor:
     """Return, for every row, the right vector of its block: shape (rows, columns), or (1, columns) for one block."""
-    return u if len(sizes) == 1 else _membership(sizes, u) @ u
+    return u if len(sizes) == 1 else membership(sizes, u) @ u
 
 
-def _membership(sizes: Sizes, like: Tensor) -> Tensor:
+def membership(sizes: Sizes, like: Tensor) -> Tensor:
     """Return 1 where a row (first dimension) belongs to a block (second), else 0; a replica on the mesh of ``like``."""
-    rows = torch.tensor(sizes, device=like.device)
-    owners = torch.arange(len(sizes), device=like.device).repeat_interleave(rows, output_size=sum(sizes))
-    mask = torch.nn.functional.one_hot(owners, len(sizes)).to(like.dtype)
+    mask = torch.ones(sum(sizes), 1, dtype=like.dtype, device=like.device)
+    if len(sizes) > 1:
+        rows = torch.tensor(sizes, device=like.device)
+        owners = torch.arange(len(sizes), device=like.device).repeat_interleave(rows, output_size=sum(sizes))
+        mask = torch.nn.functional.one_hot(owners, len(sizes)).to(like.dtype)
     if not hasattr(like, "device_mesh"):
         return mask
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
     return DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def replicated(tensor: Tensor) -> Tensor:
+    """Return a tensor whole on every process if it is sharded, or a sum still to be added up; others as they are."""
+    if not hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    whole: Tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)  # type: ignore[attr-defined]
+    return whole

@@ -32,10 +32,8 @@ def thin_product(vectors: Tensor, matrix: Tensor) -> Tensor:
                 vectors[:, :, half:], matrix[:, half:]
             )
         matrix = matrix.to(vectors.dtype)
-    on_cpu = matrix.device.type == "cpu" and not torch.compiler.is_compiling()
-    panels = _PANELS_PER_THREAD * torch.get_num_threads() if on_cpu else 1
-    enough = batch >= torch.get_num_threads() or matrix.numel() < _PANEL_MIN_SIZE or panels > min(m, n)
-    if panels == 1 or enough:
+    panels = _panels(batch, m, n, matrix)
+    if panels == 1:
         return torch.bmm(vectors, matrix)
     k = vectors.shape[1]
     if matrix.stride(-1) == 1:  # cut along m: the panels' products add up
@@ -49,3 +47,11 @@ def thin_product(vectors: Tensor, matrix: Tensor) -> Tensor:
     repeated = vectors.unsqueeze(1).expand(batch, panels, k, m).flatten(0, 1)
     product = torch.bmm(repeated, cut).unflatten(0, (batch, panels)).transpose(1, 2).flatten(2)
     return product if even == n else torch.cat([product, torch.bmm(vectors, matrix[:, :, even:])], dim=2)
+
+
+def _panels(batch: int, m: int, n: int, matrix: Tensor) -> int:
+    if matrix.device.type != "cpu" or torch.compiler.is_compiling() or matrix.numel() < _PANEL_MIN_SIZE:
+        return 1
+    threads = torch.get_num_threads()
+    panels = _PANELS_PER_THREAD * threads
+    return 1 if batch >= threads or panels > min(m, n) else panels

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trimtab.spectral.exact import Leading, Operator, check_finite, lanczos, largest_entry
@@ -127,14 +127,15 @@ def _summed(products: list[Tensor], parts: Sequence[Piece]) -> list[Tensor]:
 
 
 def _reduce(values: list[Tensor], parts: Sequence[Piece], operation: dist.ReduceOp.RedOpType) -> None:
-    """Reduce each value in place over the mesh dimensions its matrix is sharded on, many values in one reduction."""
-    together: dict[tuple[object, int, torch.dtype], list[Tensor]] = {}
+    """Reduce each value in place over the processes that share its matrix: one reduction for each group of them."""
+    together: dict[tuple[str, torch.dtype], tuple[dist.ProcessGroup, list[Tensor]]] = {}
     for value, part in zip(values, parts, strict=True):
         for dim, placement in enumerate(part.whole.placements):
-            if isinstance(placement, Shard):
-                together.setdefault((part.whole.device_mesh, dim, value.dtype), []).append(value)
-    for (mesh, dim, _), group in together.items():
-        flat = torch.cat([value.flatten() for value in group])
-        dist.all_reduce(flat, operation, group=mesh.get_group(dim))  # type: ignore[attr-defined]
-        for value, reduced in zip(group, flat.split([value.numel() for value in group]), strict=True):
+            if not placement.is_replicate():  # fully_shard over tensor parallelism has a kind of shard of its own
+                group = part.whole.device_mesh.get_group(dim)
+                together.setdefault((group.group_name, value.dtype), (group, []))[1].append(value)
+    for group, members in together.values():
+        flat = torch.cat([value.flatten() for value in members])
+        dist.all_reduce(flat, operation, group=group)
+        for value, reduced in zip(members, flat.split([value.numel() for value in members]), strict=True):
             value.copy_(reduced.view_as(value))
