@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 import trimtab
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("TRIMTAB_RESULTS", Path(__file__).parent / "results"))
 
 
 def machine() -> dict[str, Any]:
@@ -68,8 +70,31 @@ def timed(function: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def resident_memory() -> tuple[int, int]:
+    """Bytes this process holds in memory now, and the most it ever held (Linux)."""
+    # Not ru_maxrss, which a new process inherits from the one that started it.
+    lines = Path("/proc/self/status").read_text(encoding="utf8").splitlines()
+    sizes = {key: value for key, _, value in (line.partition(":") for line in lines)}
+    return int(sizes["VmRSS"].split()[0]) * 1024, int(sizes["VmHWM"].split()[0]) * 1024
+
+
+def in_child(script: str, *arguments: str, **environment: str) -> Any:
+    """Run a benchmark script in a process of its own and return the JSON of the last line it prints."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows_so_far(name: str) -> dict[str, Any]:
+    """The rows an earlier run left on disk; nothing if it ran on another machine or with other versions."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    rows: dict[str, Any] = found.get("rows", {}) if found.get("machine") == machine() else {}
+    return rows
+
+
 def write(name: str, results: dict[str, Any]) -> Path:
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf8")
