@@ -46,7 +46,8 @@ def describe(model: nn.Module) -> str:
                 others = [other for other in holders[id(parameter)] if other != key]
                 note = "left: " + _why(module, parameter, others)
             rows.append((key, type(module).__name__, "x".join(map(str, parameter.shape)), note))
-    counts = f"{len(values)} of {len(rows)} weights converted"
+    converted = sum(note.startswith("converted") for *_, note in rows)
+    counts = f"{converted} of {len(rows)} weights converted"
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
     return "\n".join([counts, *lines])

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.reparam.carried import Carried, is_sharded
-from trimtab.reparam.functional import _apply, _inner_products, _times, _without_sigmas_part_
+from trimtab.reparam.closed_form import (
+    call,
+    derivatives_go_forward,
+    inner_products,
+    subtract_sigmas_part_,
+    times,
+    weight_in_use,
+)
 from trimtab.reparam.layers import Reparametrized
 from trimtab.spectral import (
     Sizes,
@@ -93,9 +100,10 @@ def scaled_embedding(
         Shape (..., embedding_dim), in the dtype of the weight; as in torch, autocast does not cast it.
     """
     gamma = replicated(gamma)
-    return _apply(
-        _ScaledEmbedding, indices, weight, gamma, u.clone(), v.clone(), sizes, padding_idx, scale_grad_by_freq
-    )
+    if derivatives_go_forward():
+        table = weight_in_use(weight, gamma, u, v, sizes)
+        return F.embedding(indices, table, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return call(_ScaledEmbedding, indices, weight, gamma, u.clone(), v.clone(), sizes, padding_idx, scale_grad_by_freq)
 
 
 class _ScaledEmbedding(torch.autograd.Function):
@@ -115,7 +123,7 @@ class _ScaledEmbedding(torch.autograd.Function):
         by_frequency: bool,
     ) -> tuple[Tensor, Tensor]:
         sigma = block_sigma(weight, u, v, sizes)
-        return _times(F.embedding(indices, weight), _of_each(indices, gamma / sigma, sizes)), sigma
+        return times(F.embedding(indices, weight), _of_each(indices, gamma / sigma, sizes)), sigma
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -149,9 +157,9 @@ class _ScaledEmbedding(torch.autograd.Function):
         d_gamma = _inner_of_lookups(grad, indices, weight, u.dtype, sizes) / sigma
         d_weight = None
         if ctx.needs_input_grad[1]:
-            scaled_grad = _times(grad, _of_each(indices, scale, sizes))
+            scaled_grad = times(grad, _of_each(indices, scale, sizes))
             in_use = torch.ops.aten.embedding_dense_backward(scaled_grad, indices, len(weight), -1, False)
-            d_weight = _without_sigmas_part(in_use, scale * d_gamma, u, v, sizes)
+            d_weight = _subtract_sigmas_part(in_use, scale * d_gamma, u, v, sizes)
         return d_weight, d_gamma.to(gamma.dtype) if ctx.needs_input_grad[2] else None
 
 
@@ -171,15 +179,15 @@ def _inner_of_lookups(grad: Tensor, indices: Tensor, weight: Tensor, dtype: torc
     flat = indices.reshape(-1)
     flat_grad, rows = grad.reshape(-1, grad.shape[-1]), F.embedding(flat, weight)
     if len(sizes) == 1:
-        return _inner_products(flat_grad, rows, dtype, (len(flat),))
+        return inner_products(flat_grad, rows, dtype, (len(flat),))
     of_each = (flat_grad * rows).sum(1, dtype=dtype)
     return sum_blocks(of_each.new_zeros(len(weight)).index_add(0, flat, of_each), sizes)
 
 
-def _without_sigmas_part(in_use: Tensor, amounts: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+def _subtract_sigmas_part(in_use: Tensor, amounts: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     """Subtract ``amount · v u^T`` from each row block, in place where no second derivative is asked for."""
     if not torch.is_grad_enabled() and not is_sharded(in_use):
-        return _without_sigmas_part_(in_use, amounts, u, v, sizes)
+        return subtract_sigmas_part_(in_use, amounts, u, v, sizes)
     left = (v * per_row(amounts, sizes)).to(in_use.dtype).unsqueeze(1)
     return in_use - left * right_vector_of_each_row(u, sizes).to(in_use.dtype)
 

@@ -1,11 +1,6 @@
 """Linear maps and convolutions that use ``gamma / sigma(W) · W`` without ever storing that second matrix.
 
-With ``s = gamma / sigma`` and ``G`` the gradient with respect to the weight in use, the gradients are
-(Zhai et al., arXiv 2303.06296, with u and v held constant)
-
-    dL/dW = s (G - (<G, W> / sigma) v u^T)        dL/dgamma = <G, W> / sigma
-
-one inner product and one rank-one update beside what a plain layer does. What is saved for backward is the input and
+The gradients are the closed form of `trimtab.reparam.closed_form`. What is saved for backward is the input and
 the trained weight itself, as in a plain layer; the scale is computed again. The backward is made of differentiable
 operations on what was saved, so second derivatives come out right.
 """
@@ -18,8 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.reparam.carried import is_sharded
-from trimtab.spectral import Sizes, block_sigma, full_precision, is_even, membership, per_row, replicated, sum_blocks
+from trimtab.reparam.closed_form import (
+    call,
+    cheapest_to_scale,
+    derivatives_go_forward,
+    input_gradient,
+    input_is_small,
+    outer_sum,
+    subtract_sigmas_part_,
+    times,
+    weight_gradients,
+    weight_in_use,
+)
+from trimtab.spectral import Sizes, block_sigma, full_precision, per_row, replicated
 
 
 def scaled_linear(
@@ -40,12 +46,14 @@ def scaled_linear(
         Shape (..., out), in the input's dtype or in autocast's.
     """
     gamma = replicated(gamma)
+    if derivatives_go_forward():
+        return F.linear(input, weight_in_use(weight, gamma, u, v, sizes), bias)
     dtype = _autocast_dtype(input, weight)
     if dtype is None:
-        return _apply(_ScaledLinear, input, weight, bias, gamma, u.clone(), v.clone(), sizes)
+        return call(_ScaledLinear, input, weight, bias, gamma, u.clone(), v.clone(), sizes)
     with torch.autocast(input.device.type, enabled=False):
         cast_bias = None if bias is None else bias.to(dtype)
-        return _apply(_ScaledLinear, input.to(dtype), weight, cast_bias, gamma, u.clone(), v.clone(), sizes)
+        return call(_ScaledLinear, input.to(dtype), weight, cast_bias, gamma, u.clone(), v.clone(), sizes)
 
 
 def scaled_conv(
@@ -67,19 +75,15 @@ def scaled_conv(
     vectors are those of torch's convolution of 1, 2 or 3 spatial dimensions.
     """
     arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    if derivatives_go_forward():
+        in_use, none = weight_in_use(weight, gamma, u, v, (weight.shape[0],)), [0] * (weight.ndim - 2)
+        return torch.convolution(input, in_use, bias, *arguments[:3], False, none, groups)
     dtype = _autocast_dtype(input, weight)
     if dtype is None:
-        return _apply(_ScaledConv, input, weight, bias, gamma, u.clone(), v.clone(), arguments)
+        return call(_ScaledConv, input, weight, bias, gamma, u.clone(), v.clone(), arguments)
     with torch.autocast(input.device.type, enabled=False):
         cast_bias = None if bias is None else bias.to(dtype)
-        return _apply(_ScaledConv, input.to(dtype), weight, cast_bias, gamma, u.clone(), v.clone(), arguments)
-
-
-def _apply(function: Any, *arguments: Any) -> Tensor:
-    # The vectors come in as clones: their buffers are written in place by data-parallel wrappers, which may happen
-    # between this forward and its backward.
-    output: Tensor = function.apply(*arguments)[0]
-    return output
+        return call(_ScaledConv, input.to(dtype), weight, cast_bias, gamma, u.clone(), v.clone(), arguments)
 
 
 def _autocast_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -92,11 +96,6 @@ def _autocast_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
             f"expected an input of the weight's dtype {weight.dtype}, got {input.dtype}: cast it, or use autocast"
         )
     return None
-
-
-def _times(tensor: Tensor, scale: Tensor) -> Tensor:
-    """Multiply in the precision of the scale, which is at least float32, and return the tensor's own dtype."""
-    return (tensor * scale).to(tensor.dtype)
 
 
 class _Scaled(torch.autograd.Function):
@@ -132,15 +131,15 @@ class _ScaledLinear(_Scaled):
         rows, columns = weight.shape
         if weight.dtype != input.dtype:  # under autocast the weight is cast anyway: scale it on the way
             return F.linear(input, (weight * scale.unsqueeze(-1)).to(input.dtype), bias), sigma
-        smallest = _smallest(rows, columns, input.numel() // columns, sizes)
+        smallest = cheapest_to_scale(rows, columns, input.numel() // columns, sizes)
         if smallest == "weight":
-            return F.linear(input, _times(weight, scale.unsqueeze(-1)), bias), sigma
+            return F.linear(input, times(weight, scale.unsqueeze(-1)), bias), sigma
         if smallest == "input":
-            return F.linear(_times(input, scale), weight, bias), sigma
+            return F.linear(times(input, scale), weight, bias), sigma
         output = F.linear(input, weight)
         if bias is not None and output.dtype == scale.dtype:
             return torch.addcmul(bias, output, scale), sigma
-        output = _times(output, scale)
+        output = times(output, scale)
         return (output if bias is None else output + bias), sigma
 
     @staticmethod
@@ -162,106 +161,21 @@ class _ScaledLinear(_Scaled):
         d_input = d_weight = d_bias = d_gamma = None
         if need_bias and ctx.has_bias:
             d_bias = flat_grad.sum(0)
-        if _input_is_small(flat_input, weight, grad, sizes) and need_input and need_weight:
+        if input_is_small(flat_input, weight, grad, sizes) and need_input and need_weight:
             # <G, W> = <grad W, input>: with few tokens far less to read than G and W themselves
             unscaled = flat_grad @ weight
             inner = torch.dot(unscaled.view(-1), flat_input.reshape(-1)).view(1)
-            in_use = _outer_sum(flat_grad, _times(flat_input, scale), weight)
+            in_use = outer_sum(flat_grad, times(flat_input, scale), weight)
             d_input = unscaled.mul_(scale).view_as(input)
-            d_weight = _without_sigmas_part_(in_use, scale * inner / sigma, u, v, sizes)
+            d_weight = subtract_sigmas_part_(in_use, scale * inner / sigma, u, v, sizes)
             d_gamma = (inner / sigma).to(gamma.dtype)
             return _asked_for(ctx, d_input, d_weight, d_bias, d_gamma)
         if need_input:
-            d_input = _input_gradient(grad, weight, per_row(scale, sizes), sizes)
+            d_input = input_gradient(grad, weight, per_row(scale, sizes), sizes)
         if need_weight or need_gamma:
-            in_use = _outer_sum(flat_grad, flat_input, weight).to(weight.dtype)
-            d_weight, d_gamma = _weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
+            in_use = outer_sum(flat_grad, flat_input, weight).to(weight.dtype)
+            d_weight, d_gamma = weight_gradients(in_use, weight, gamma, sigma, u, v, sizes)
         return _asked_for(ctx, d_input, d_weight, d_bias, d_gamma)
-
-
-def _smallest(rows: int, columns: int, count: int, sizes: Sizes) -> str:
-    """Say which of input (or its gradient), weight and output (or its gradient) is the cheapest to scale."""
-    costs = {"weight": rows * columns, "output": count * rows}
-    if len(sizes) == 1:  # several scales belong to outputs and cannot go onto inputs
-        costs["input"] = count * columns
-    return min(costs, key=lambda place: costs[place])
-
-
-def _input_is_small(flat_input: Tensor, weight: Tensor, grad: Tensor, sizes: Sizes) -> bool:
-    """Say whether the short way through the input's gradient pays, and nothing stands in its way."""
-    plain = not torch.is_grad_enabled() and not is_sharded(weight) and not is_sharded(grad)
-    one_dtype = grad.dtype == weight.dtype == flat_input.dtype and grad.dtype in (torch.float32, torch.float64)
-    return plain and one_dtype and _smallest(weight.shape[0], weight.shape[1], len(flat_input), sizes) == "input"
-
-
-def _outer_sum(flat_grad: Tensor, flat_input: Tensor, weight: Tensor) -> Tensor:
-    """Return ``grad^T @ input``, shape (out, in), laid out in memory as the weight is."""
-    if weight.stride(0) == 1 and weight.stride(1) != 1:
-        return (flat_input.t() @ flat_grad).t()
-    return flat_grad.t() @ flat_input
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, scale: Tensor, sizes: Sizes) -> Tensor:
-    """Return the gradient with respect to the input, ``grad @ (scale · weight)``."""
-    rows, columns = weight.shape
-    smallest = _smallest(rows, columns, grad.numel() // rows, sizes)
-    if weight.dtype != grad.dtype or smallest == "weight":
-        return grad @ (weight * scale.unsqueeze(-1)).to(grad.dtype)
-    if smallest == "output":
-        return _times(grad, scale) @ weight
-    return _times(grad @ weight, scale)
-
-
-def _weight_gradients(
-    in_use: Tensor, matrix: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, sizes: Sizes
-) -> tuple[Tensor, Tensor]:
-    """Turn G, the gradient of the weight in use, into those of the trained matrix and of gamma (the closed form).
-
-    G is overwritten where no second derivative is asked for: a fresh matrix costs several times the arithmetic.
-    """
-    d_gamma = _inner_products(in_use, matrix, u.dtype, sizes) / sigma
-    scale = per_row(gamma / sigma, sizes).unsqueeze(1)
-    if torch.is_grad_enabled() or is_sharded(in_use):
-        left = (v * per_row(d_gamma, sizes)).unsqueeze(1) * membership(sizes, v)
-        rest = in_use - _cut_as(in_use, 0, left.to(in_use.dtype)) @ _cut_as(in_use, 1, u.to(in_use.dtype))
-        return _times(rest, scale), d_gamma.to(gamma.dtype)
-    return _without_sigmas_part_(in_use, d_gamma, u, v, sizes).mul_(scale), d_gamma.to(gamma.dtype)
-
-
-def _cut_as(matrix: Tensor, dim: int, factor: Tensor) -> Tensor:
-    """Cut one factor of a product, whole on every process, as a sharded matrix is cut along its rows or columns.
-
-    Their product then never exists in more than the pieces that each process needs; nothing is sent.
-    """
-    if not is_sharded(matrix):
-        return factor
-    from torch.distributed.tensor import Replicate
-
-    placements = [place if place.is_shard(dim) else Replicate() for place in matrix.placements]  # type: ignore[attr-defined]
-    return factor.redistribute(placements=placements)  # type: ignore[attr-defined]
-
-
-def _without_sigmas_part_(in_use: Tensor, amounts: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
-    """Subtract ``amount · v u^T`` from each row block, in place."""
-    left, right = (v * per_row(amounts, sizes)).to(in_use.dtype), u.to(in_use.dtype)
-    if len(sizes) == 1:
-        return in_use.addr_(left, right[0], alpha=-1)
-    if is_even(sizes):
-        blocks = in_use.view(len(sizes), sizes[0], in_use.shape[1])
-        blocks.baddbmm_(left.view(len(sizes), -1, 1), right.unsqueeze(1), alpha=-1)
-        return in_use
-    for block, own_left, own_right in zip(in_use.split(sizes), left.split(sizes), right, strict=True):
-        block.addr_(own_left, own_right, alpha=-1)
-    return in_use
-
-
-def _inner_products(a: Tensor, b: Tensor, dtype: torch.dtype, sizes: Sizes) -> Tensor:
-    """Return <a, b> of each row block, shape (blocks,), summed in ``dtype``."""
-    # One dot product reads both once and writes nothing; on GPUs it counts no further than 32 bits.
-    if len(sizes) == 1 and a.dtype == dtype and not is_sharded(a) and a.numel() < 2**31:
-        a, b = (a, b) if a.stride(-1) == 1 else (a.t(), b.t())
-        return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(1)
-    return sum_blocks((a * b).sum(1, dtype=dtype), sizes)
 
 
 class _ScaledConv(_Scaled):
@@ -280,7 +194,7 @@ class _ScaledConv(_Scaled):
         stride, padding, dilation, groups = arguments
         shape = (1,) * (weight.ndim - 2)
         if weight.dtype == input.dtype and input.numel() < weight.numel():
-            input = _times(input, scale)
+            input = times(input, scale)
         else:
             weight = (weight * scale.reshape(1, 1, *shape)).to(input.dtype)
         output = torch.convolution(input, weight, bias, stride, padding, dilation, False, [0] * len(shape), groups)
@@ -309,10 +223,10 @@ class _ScaledConv(_Scaled):
         )
         d_weight = d_bias = d_gamma = None
         if need_input:
-            d_input = _times(d_input, gamma / sigma)
+            d_input = times(d_input, gamma / sigma)
         if need_weight or need_gamma:
             flat = in_use.to(weight.dtype).flatten(1)
-            d_matrix, d_gamma = _weight_gradients(flat, matrix, gamma, sigma, u, v, sizes)
+            d_matrix, d_gamma = weight_gradients(flat, matrix, gamma, sigma, u, v, sizes)
             d_weight = d_matrix.view_as(weight)
         if need_bias and ctx.has_bias:
             d_bias = grad.sum([0, *range(2, grad.ndim)])

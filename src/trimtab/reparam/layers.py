@@ -16,7 +16,7 @@ from trimtab.reparam.carried import Carried, Start, as_matrix, carried_names, cu
 from trimtab.reparam.config import SigmaReparam
 from trimtab.reparam.functional import scaled_conv, scaled_linear
 from trimtab.spectral import Sizes, per_row, replicated
-from trimtab.spectral.exact import _orthonormal_rows
+from trimtab.spectral.exact import orthonormal_rows
 
 
 class Reparametrized(nn.Module):
@@ -109,7 +109,9 @@ class Reparametrized(nn.Module):
             return
         if (len(saved), saved.shape[2]) == (len(live), live.shape[2]):
             count = live.shape[1]  # what lives there is no help: in a model fresh from the meta device it is NaN
-            state_dict[key] = torch.stack([_orthonormal_rows(own[:count].to(live.dtype), count) for own in saved])
+            kept = saved[:, :count].to(live.dtype)
+            more = torch.stack([orthonormal_rows(own, count)[len(own) :] for own in kept])
+            state_dict[key] = torch.cat([kept, more], dim=1)
 
     def _drop_own(self, state_dict: dict[str, Any], prefix: str, weight_name: str) -> None:
         """Drop gamma and vectors that are this module's own, beside a weight that is not: no checkpoint held them.

@@ -1,14 +1,19 @@
 """Moving the vectors of converted weights along with them, all weights of a model at once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.reparam.carried import Carried, is_sharded, local
 from trimtab.spectral import block_iteration, full_precision, is_even, thin_product
+from trimtab.spectral.iteration import Products
+
+if TYPE_CHECKING:
+    from trimtab.spectral.sharded import Piece
 
 # A weight of fewer entries is copied beside others of its shape: one product for all of them then costs less than the
 # launch of one for each.
@@ -20,6 +25,14 @@ class _Stack(NamedTuple):
     """Row blocks of one shape, (B, rows, columns), with their basis (B, vectors, columns) and v (B, rows)."""
 
     blocks: Tensor
+    basis: Tensor
+    v: Tensor
+
+
+class _Cut(NamedTuple):
+    """What this process holds of one row block of a sharded weight, with all of its basis (1, vectors, columns), v."""
+
+    piece: "Piece"
     basis: Tensor
     v: Tensor
 
@@ -68,10 +81,7 @@ def _refresh_stacks_(stacks: list[_Stack]) -> None:
         lambda vectors: [thin_product(x, s.blocks.transpose(1, 2)) for x, s in zip(vectors, merged, strict=True)],
         lambda vectors: [thin_product(x, s.blocks) for x, s in zip(vectors, merged, strict=True)],
     )
-    for members, (basis, v) in zip(groups.values(), moved, strict=True):
-        counts = [len(stack.blocks) for stack in members]
-        for stack, own_basis, own_v in zip(members, basis.split(counts), v.split(counts), strict=True):
-            _store_(stack.basis, stack.v, own_basis, own_v)
+    _store_(groups.values(), moved)
 
 
 def _refresh_sharded_(carried: list[Carried]) -> None:
@@ -79,17 +89,33 @@ def _refresh_sharded_(carried: list[Carried]) -> None:
         return
     from trimtab.spectral.sharded import pieces, products_to_columns, products_to_rows
 
-    parts = [part for c in carried for part in pieces(c.matrix, c.sizes)]
+    groups: dict[object, list[_Cut]] = {}
+    for c in carried:
+        bases, lefts = local(c.basis).split(1), local(c.v).split(c.sizes)
+        for piece, basis, v in zip(pieces(c.matrix, c.sizes), bases, lefts, strict=True):
+            kind = (piece.shape, basis.shape[1], basis.dtype, basis.device)
+            groups.setdefault(kind, []).append(_Cut(piece, basis, v.unsqueeze(0)))
+    parts = [cut.piece for members in groups.values() for cut in members]
+
+    def of_all(products: Callable[[Sequence["Piece"], list[Tensor]], list[Tensor]]) -> Products:
+        def multiply(stacked: list[Tensor]) -> list[Tensor]:
+            each = iter(products(parts, [own for vectors in stacked for own in vectors.split(1)]))
+            return [torch.cat(list(islice(each, len(vectors)))) for vectors in stacked]
+
+        return multiply
+
     moved = block_iteration(
-        [basis for c in carried for basis in local(c.basis).split(1)],
-        lambda vectors: products_to_rows(parts, vectors),
-        lambda vectors: products_to_columns(parts, vectors),
+        [torch.cat([cut.basis for cut in members]) for members in groups.values()],
+        of_all(products_to_rows),
+        of_all(products_to_columns),
     )
-    stored = [pair for c in carried for pair in zip(local(c.basis).split(1), local(c.v).split(c.sizes), strict=True)]
-    for (basis, v), (new_basis, new_v) in zip(stored, moved, strict=True):
-        _store_(basis, v.unsqueeze(0), new_basis, new_v)
+    _store_(groups.values(), moved)
 
 
-def _store_(basis: Tensor, v: Tensor, new_basis: Tensor, new_v: Tensor) -> None:
-    basis.copy_(new_basis)
-    v.copy_(torch.where(new_v.isnan(), v, new_v))
+def _store_(groups: Iterable[Sequence[_Stack | _Cut]], moved: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the moved vectors of each group, which lie one after the other, where they are kept."""
+    for members, (basis, v) in zip(groups, moved, strict=True):
+        counts = [len(member.basis) for member in members]
+        for member, new_basis, new_v in zip(members, basis.split(counts), v.split(counts), strict=True):
+            member.basis.copy_(new_basis)
+            member.v.copy_(torch.where(new_v.isnan(), member.v, new_v))

@@ -6,12 +6,14 @@ training shows 0, compilation folds them to constants), so the optimiser's own p
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trimtab.errors import ConversionError
 from trimtab.reparam.carried import carried_names
 from trimtab.reparam.refresh import refresh_vectors_
 
@@ -25,7 +27,8 @@ def add(module: nn.Module) -> None:
     global _hook
     _alive.add(module)
     if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_step)
+        # A compiled step calls it too; its many shapes are no work for a compiler.
+        _hook = register_optimizer_step_post_hook(torch.compiler.disable(_after_step))
 
 
 def discard(module: nn.Module) -> None:
@@ -33,12 +36,13 @@ def discard(module: nn.Module) -> None:
     _alive.discard(module)
 
 
-def _warn_if_bypassed(module: Any, weight_name: str) -> None:
+def _warn_if_bypassed(module: Any, weight_name: str, held: set[int]) -> None:
     """Say once if a weight had a gradient and its gamma none: then something reads the weight past the layer."""
     if module in _known_to_be_used:
         return
     gamma = module.get_parameter(carried_names(weight_name)[0])
-    if getattr(module, weight_name).grad is None or not gamma.requires_grad:
+    # An optimiser that does not hold gamma says nothing: its gradient may be used up by now, or not be there yet.
+    if id(gamma) not in held or getattr(module, weight_name).grad is None or not gamma.requires_grad:
         return
     _known_to_be_used.add(module)
     if gamma.grad is None:
@@ -50,18 +54,28 @@ def _warn_if_bypassed(module: Any, weight_name: str) -> None:
         )
 
 
+def _refuse_flattened(modules: Iterable[nn.Module]) -> None:
+    """Raise if FullyShardedDataParallel holds the weights of converted modules, in one long vector or as vectors."""
+    for module in modules:
+        if module in _alive:
+            raise ConversionError(
+                f"{type(module).__name__}: FullyShardedDataParallel flattens its weight, so that its sigma cannot be "
+                "followed. Shard the converted model with torch.distributed.fsdp.fully_shard"
+            )
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    matrices = [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
-    wanted = {id(p) for p in matrices}
-    if not wanted or not _alive:  # gammas, gains and biases are often stepped by optimisers of their own
-        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in parameters}
+    _refuse_flattened(module for p in parameters for _, module, *_ in getattr(p, "_param_infos", ()))
     by_weight: dict[int, list[tuple[Any, str]]] = {}
     for module in list(_alive):
         for weight_name in module.__dict__.get("_carried_sizes", ()):
-            key = id(module._parameters.get(weight_name))
-            if key in wanted:
-                by_weight.setdefault(key, []).append((module, weight_name))
-                _warn_if_bypassed(module, weight_name)
+            weight = module._parameters.get(weight_name)
+            if id(weight) in held:
+                _refuse_flattened([module] if weight.ndim < 2 else [])
+                by_weight.setdefault(id(weight), []).append((module, weight_name))
+                _warn_if_bypassed(module, weight_name, held)
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
-    found = (place for p in matrices for place in by_weight.get(id(p), ()))
+    found = (place for p in parameters for place in by_weight.get(id(p), ()))
     refresh_vectors_(module.carried(weight_name) for module, weight_name in found)

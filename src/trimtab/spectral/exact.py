@@ -14,6 +14,8 @@ _SVD_MAX_SIDE = 128
 # Basis vectors kept before Lanczos starts afresh from its best estimate: bounds memory at 256 (rows + columns).
 _MAX_BASIS = 256
 _MAX_RESTARTS = 40
+# A half-precision matrix of up to so many entries is copied in float32, 256 MB; a larger one is widened in parts.
+_WIDEN_AT_ONCE = 2**26
 
 
 class Leading(NamedTuple):
@@ -97,6 +99,8 @@ def leading(matrix: Tensor, count: int, start: Tensor | None = None) -> Leading:
             # Scaled to entries of order one, so that squares neither overflow nor vanish.
             left, values, right = torch.linalg.svd(matrix.to(dtype) / scale, full_matrices=False)
             return Leading(values[0] * scale, right[:count].clone(), left[:, 0].clone())
+        if matrix.numel() <= _WIDEN_AT_ONCE:  # read some hundred times: widening it once is worth a copy
+            matrix = matrix.to(dtype)
         operator = Operator(
             (matrix.shape[0], matrix.shape[1]),
             matrix.new_empty(0, dtype=dtype),
@@ -144,11 +148,11 @@ def lanczos(operator: Operator, count: int, start: Tensor | None = None) -> Lead
     size = min(_MAX_BASIS, rows, columns)
     u = _starting_vector(operator, start)
     for _ in range(_MAX_RESTARTS):
-        U, V = like.new_zeros(size, columns), like.new_zeros(size, rows)
+        U, V = like.new_zeros(size + 1, columns), like.new_zeros(size, rows)
+        U[0] = u
         B = torch.zeros(size, size + 1, dtype=torch.float64, device="cpu")
         for k in range(size):
-            U[k] = u
-            left = _orthogonalise(operator.to_rows(u), V[:k])
+            left = _orthogonalise(operator.to_rows(U[k]), V[:k])
             alpha, beta = float(left.norm()), 0.0
             # Below rounding, the basis already spans everything the matrix maps: its row of V and of B stays zero.
             if alpha > eps * float(B.max()):
@@ -158,18 +162,23 @@ def lanczos(operator: Operator, count: int, start: Tensor | None = None) -> Lead
                 beta = float(u.norm())
             B[k, k + 1] = beta
             exhausted = operator.agree(beta <= eps * float(B.max()))
-            if exhausted or k % 4 == 3 or k == size - 1:
-                P, values, Q = torch.linalg.svd(B[: k + 1, : k + 1])
+            if not exhausted:
+                U[k + 1] = u / beta
+            # Once V spans all rows, W = V B U^T holds exactly, with one more right vector than left ones.
+            complete = exhausted or k + 1 == rows
+            if complete or k % 4 == 3 or k == size - 1:
+                width = k + 2 if complete and not exhausted else k + 1
+                P, values, Q = torch.linalg.svd(B[: k + 1, :width], full_matrices=False)
                 residual = beta * abs(float(P[k, 0]))
                 gap = float(values[0] - values[1]) if k else float(values[0])
-                converged = residual * min(1.0, residual / max(gap, residual)) <= _tolerance(like) * float(values[0])
-                if exhausted or operator.agree(converged and k + 1 >= count) or k == size - 1:
-                    basis = _orthonormal_rows(Q[:count].to(U) @ U[: k + 1], count)
+                error = residual * min(1.0, residual / (max(gap, residual) or 1.0))
+                converged = error <= _tolerance(like) * float(values[0])
+                if complete or operator.agree(converged and k + 1 >= count) or k == size - 1:
+                    basis = orthonormal_rows(Q[:count].to(U) @ U[:width], count)
                     v = P[:, 0].to(V) @ V[: k + 1]
                     found = Leading(values[0].to(like), basis, v / v.norm())
-                    if exhausted or operator.agree(converged):
+                    if complete or operator.agree(converged):
                         return found
-            u = u / beta
         u = found.basis[0]
     return found
 
@@ -179,7 +188,7 @@ def _tolerance(like: Tensor) -> float:
     return 1e-6 if like.dtype == torch.float32 else 1e-15
 
 
-def _orthonormal_rows(vectors: Tensor, count: int) -> Tensor:
+def orthonormal_rows(vectors: Tensor, count: int) -> Tensor:
     """Return ``count`` orthonormal rows, the first of which span those given; the rest are drawn from a fixed seed."""
     generator = torch.Generator("cpu").manual_seed(1)
     more = torch.randn(count - len(vectors), vectors.shape[1], generator=generator, dtype=vectors.dtype, device="cpu")

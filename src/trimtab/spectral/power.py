@@ -42,7 +42,8 @@ def block_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
 def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves operations on this tensor's device alone."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def is_even(sizes: Sizes) -> bool:

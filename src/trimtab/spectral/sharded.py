@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from trimtab.spectral.exact import Leading, Operator, check_finite, lanczos, largest_entry
 from trimtab.spectral.power import Sizes
@@ -57,14 +56,24 @@ class Piece:
 
 
 def pieces(matrix: Tensor, sizes: Sizes) -> list[Piece]:
-    """Return what this process holds of each row block of a sharded matrix (a DTensor)."""
+    """Return what this process holds of each row block of a sharded matrix (a DTensor).
+
+    Raises:
+        RuntimeError: if the matrix is cut in a way that is not known.
+    """
     sharded = cast(DTensor, matrix)
-    shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
-    own = sharded.to_local().detach().reshape(shape)
-    row, column = (offset[0], offset[1]) if own.numel() else (0, 0)
+    own = sharded.to_local().detach()
+    (row, rows), (column, columns) = _extent(sharded, 0), _extent(sharded, 1)
+    if own.numel() != rows * columns:
+        raise RuntimeError(
+            f"expected of a weight with placements {sharded.placements} the {rows} rows from {row} and the {columns} "
+            f"columns from {column} on this process, got a piece of shape {tuple(own.shape)}: this way of sharding is "
+            "not supported"
+        )
+    own = own.reshape(rows, columns)
     found, first = [], 0
     for size in sizes:
-        start, stop = max(first, row), min(first + size, row + own.shape[0])
+        start, stop = max(first, row), min(first + size, row + rows)
         part = own[start - row : stop - row] if start < stop else own[:0]
         block = (size, matrix.shape[1])
         found.append(Piece(part, start - first if start < stop else 0, column, block, sharded))
@@ -72,14 +81,28 @@ def pieces(matrix: Tensor, sizes: Sizes) -> list[Piece]:
     return found
 
 
+def _extent(sharded: DTensor, dim: int) -> tuple[int, int]:
+    """Return the first row (``dim`` 0) or column (1) that lies on this process, and how many do."""
+    first, count = 0, sharded.shape[dim]
+    cuts = [(place, i) for i, place in enumerate(sharded.placements) if getattr(place, "dim", None) == dim]
+    # What tensor parallelism cut, fully_shard cuts once more, though its mesh dimension comes first: a strided shard.
+    for _, i in sorted(cuts, key=lambda cut: hasattr(cut[0], "split_factor")):
+        size = -(-count // sharded.device_mesh.size(i))  # of all pieces but the last ones, as torch.chunk cuts
+        start = min(size * sharded.device_mesh.get_local_rank(i), count)
+        first, count = first + start, min(size, count - start)
+    return first, count
+
+
 def products_to_rows(parts: Sequence[Piece], vectors: list[Tensor]) -> list[Tensor]:
     """Return the whole ``U W^T`` of every block, the same on every process."""
-    return _summed([part.to_rows(own) for part, own in zip(parts, vectors, strict=True)], parts)
+    own = [part.to_rows(each) for part, each in zip(parts, vectors, strict=True)]
+    return _reduced(own, parts, dist.ReduceOp.SUM)
 
 
 def products_to_columns(parts: Sequence[Piece], vectors: list[Tensor]) -> list[Tensor]:
     """Return the whole ``P W`` of every block, the same on every process."""
-    return _summed([part.to_columns(own) for part, own in zip(parts, vectors, strict=True)], parts)
+    own = [part.to_columns(each) for part, each in zip(parts, vectors, strict=True)]
+    return _reduced(own, parts, dist.ReduceOp.SUM)
 
 
 def sharded_leading(part: Piece, count: int, start: Tensor | None = None) -> Leading:
@@ -97,18 +120,14 @@ def sharded_leading(part: Piece, count: int, start: Tensor | None = None) -> Lea
     like = torch.empty(0, dtype=dtype, device=part.whole.device_mesh.device_type)
     largest = largest_entry(part.own).to(like) if part.own.numel() else like.new_zeros(())
     # A maximum may lose a NaN on its way through the processes; inf it cannot lose.
-    largest = torch.where(largest.isnan(), torch.inf, largest).reshape(1)
-    _reduce([largest], [part], dist.ReduceOp.MAX)
-    scale = largest[0]
+    scale = _reduced([torch.where(largest.isnan(), torch.inf, largest)], [part], dist.ReduceOp.MAX)[0]
     check_finite(scale)
     if not bool(scale > 0):
         axes = torch.eye(max(part.shape), dtype=dtype, device=like.device)
         return Leading(scale, axes[:count, : part.shape[1]].clone(), axes[0, : part.shape[0]].clone())
 
     def agree(decision: bool) -> bool:
-        least = like.new_tensor([float(decision)])
-        _reduce([least], [part], dist.ReduceOp.MIN)
-        return bool(least)
+        return bool(_reduced([like.new_tensor(float(decision))], [part], dist.ReduceOp.MIN)[0])
 
     operator = Operator(
         part.shape,
@@ -121,21 +140,18 @@ def sharded_leading(part: Piece, count: int, start: Tensor | None = None) -> Lea
     return found._replace(sigma=found.sigma * scale)
 
 
-def _summed(products: list[Tensor], parts: Sequence[Piece]) -> list[Tensor]:
-    _reduce(products, parts, dist.ReduceOp.SUM)
-    return products
-
-
-def _reduce(values: list[Tensor], parts: Sequence[Piece], operation: dist.ReduceOp.RedOpType) -> None:
-    """Reduce each value in place over the processes that share its matrix: one reduction for each group of them."""
-    together: dict[tuple[str, torch.dtype], tuple[dist.ProcessGroup, list[Tensor]]] = {}
-    for value, part in zip(values, parts, strict=True):
+def _reduced(values: list[Tensor], parts: Sequence[Piece], operation: dist.ReduceOp.RedOpType) -> list[Tensor]:
+    """Reduce each value over the processes that share its matrix: one reduction for each group of them and dtype."""
+    values = list(values)
+    together: dict[tuple[str, torch.dtype], tuple[dist.ProcessGroup, list[int]]] = {}
+    for i, part in enumerate(parts):
         for dim, placement in enumerate(part.whole.placements):
-            if not placement.is_replicate():  # fully_shard over tensor parallelism has a kind of shard of its own
+            if not placement.is_replicate():
                 group = part.whole.device_mesh.get_group(dim)
-                together.setdefault((group.group_name, value.dtype), (group, []))[1].append(value)
+                together.setdefault((group.group_name, values[i].dtype), (group, []))[1].append(i)
     for group, members in together.values():
-        flat = torch.cat([value.flatten() for value in members])
+        flat = torch.cat([values[i].flatten() for i in members])
         dist.all_reduce(flat, operation, group=group)
-        for value, reduced in zip(members, flat.split([value.numel() for value in members]), strict=True):
-            value.copy_(reduced.view_as(value))
+        for i, reduced in zip(members, flat.split([values[i].numel() for i in members]), strict=True):
+            values[i] = reduced.view_as(values[i])
+    return values
