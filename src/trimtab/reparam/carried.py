@@ -54,8 +54,11 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a sharded tensor (every process must ask), and any other tensor as it is."""
-    everything: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return everything
+    if not is_sharded(tensor):
+        return tensor
+    device = tensor.device_mesh.device_type  # type: ignore[attr-defined]
+    pieces = tensor if tensor.device.type == device else tensor.to(device)  # offloaded: processes talk elsewhere
+    return pieces.full_tensor()  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -144,6 +147,15 @@ def exact_start(matrix: Tensor, sizes: Sizes, vectors: int) -> Start:
         return Start(torch.stack([each.sigma for each in found]), basis, v, sizes)
     # Not the sigma of the decomposition but v^T W u as the forward computes it: their ratio is then exactly 1.
     return Start(block_sigma(matrix, basis[:, 0], v, sizes), basis, v, sizes)
+
+
+def sigma_in_use(c: Carried) -> Tensor:
+    """Return sigma of each row block, shape (blocks,), detached; of a sharded weight every process must ask."""
+    if not is_sharded(c.weight):
+        return c.sigma().detach()
+    from trimtab.spectral.sharded import sharded_sigma
+
+    return sharded_sigma(c.matrix, local(c.u).detach(), local(c.v).detach(), c.sizes)
 
 
 def true_sigma(matrix: Tensor, sizes: Sizes, start: Tensor) -> Tensor:

@@ -63,8 +63,13 @@ class Reparametrized(nn.Module):
 
         def keep_precision(tensor: Tensor) -> Tensor:
             changed = fn(tensor)
-            if id(tensor) in kept and tensor.is_meta and not changed.is_meta:
-                changed.fill_(math.nan)  # not yet known: `refresh_(exact=True)`, or loading, fills it in
+            if id(tensor) in kept and not changed.is_meta:
+                # What is not known stays so, also where a tied layer, or `to_empty`, comes this way twice:
+                # `refresh_(exact=True)`, or loading, fills it in.
+                if tensor.is_meta:
+                    changed.fill_(math.nan)
+                else:
+                    changed.masked_fill_(tensor.isnan().to(changed.device), math.nan)
             if id(tensor) in kept and torch.promote_types(changed.dtype, torch.float32) != changed.dtype:
                 return tensor.to(changed.device)  # moved, but not cast below float32
             return changed

@@ -46,8 +46,8 @@ def refresh_vectors_(carried: Iterable[Carried]) -> None:
             by_weight.setdefault(id(c.weight), []).append(c)
     firsts = [holders[0] for holders in by_weight.values()]
     with ExitStack() as contexts:
-        for c in {c.weight.device.type: c for c in firsts}.values():
-            contexts.enter_context(full_precision(c.weight))
+        for tensor in {t.device.type: t for c in firsts for t in (c.weight, c.basis)}.values():
+            contexts.enter_context(full_precision(tensor))
         _refresh_stacks_([s for c in firsts if not is_sharded(c.weight) for s in _stacks(c)])
         _refresh_sharded_([c for c in firsts if is_sharded(c.weight)])
     for first, *others in by_weight.values():

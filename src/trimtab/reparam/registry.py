@@ -56,12 +56,11 @@ def _warn_if_bypassed(module: Any, weight_name: str, held: set[int]) -> None:
 
 def _refuse_flattened(modules: Iterable[nn.Module]) -> None:
     """Raise if FullyShardedDataParallel holds the weights of converted modules, in one long vector or as vectors."""
-    for module in modules:
-        if module in _alive:
-            raise ConversionError(
-                f"{type(module).__name__}: FullyShardedDataParallel flattens its weight, so that its sigma cannot be "
-                "followed. Shard the converted model with torch.distributed.fsdp.fully_shard"
-            )
+    if any(module in _alive for module in modules):
+        raise ConversionError(
+            "FullyShardedDataParallel flattens the weights of converted layers, so that no sigma can be followed: "
+            "shard the converted model with torch.distributed.fsdp.fully_shard"
+        )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -72,10 +71,12 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for module in list(_alive):
         for weight_name in module.__dict__.get("_carried_sizes", ()):
             weight = module._parameters.get(weight_name)
-            if id(weight) in held:
+            if weight is not None and id(weight) in held:
                 _refuse_flattened([module] if weight.ndim < 2 else [])
                 by_weight.setdefault(id(weight), []).append((module, weight_name))
                 _warn_if_bypassed(module, weight_name, held)
+    if not by_weight:  # gammas, gains and biases are often stepped by optimisers of their own
+        return
     # In the order of the optimiser's parameters, which is the same on every process: sharded weights talk.
     found = (place for p in parameters for place in by_weight.get(id(p), ()))
     refresh_vectors_(module.carried(weight_name) for module, weight_name in found)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from trimtab.reparam.carried import Carried, true_sigma, whole
+from trimtab.reparam.carried import Carried, sigma_in_use, true_sigma, whole
 from trimtab.reparam.layers import Reparametrized
 
 
@@ -17,8 +17,7 @@ def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, carried in _converted_weights(model):
-        c = carried.replicated()
-        found[name] = (whole(c.sigma()).detach(), whole(c.gamma.detach()).clone())
+        found[name] = (sigma_in_use(carried), whole(carried.gamma.detach()).clone())
     return found
 
 
@@ -40,7 +39,7 @@ def sigma_error(model: nn.Module) -> dict[str, Tensor]:
     """
     errors: dict[str, Tensor] = {}
     for name, carried in _converted_weights(model):
-        estimate = whole(carried.replicated().sigma()).detach()
+        estimate = sigma_in_use(carried)
         errors[name] = true_sigma(carried.matrix.detach(), carried.sizes, carried.u).to(estimate) / estimate - 1
     return errors
 

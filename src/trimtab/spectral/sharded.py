@@ -1,7 +1,8 @@
 """Products with weights that lie in pieces on several processes (FSDP2, tensor parallel).
 
 No weight is gathered. Each process multiplies its own piece; what travels is the sum of the products: for k vectors
-k (rows + columns) numbers a weight, in two reductions for the whole model.
+k (rows + columns) numbers a weight, in two reductions for the whole model (two for each group of processes and each
+dtype, where there are several).
 """
 
 from collections.abc import Sequence
@@ -103,6 +104,24 @@ def products_to_columns(parts: Sequence[Piece], vectors: list[Tensor]) -> list[T
     """Return the whole ``P W`` of every block, the same on every process."""
     own = [part.to_columns(each) for part, each in zip(parts, vectors, strict=True)]
     return _reduced(own, parts, dist.ReduceOp.SUM)
+
+
+def sharded_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
+    """Return what `trimtab.spectral.block_sigma` does, of a matrix in pieces; every process must ask.
+
+    Args:
+        matrix: shape (rows, columns), a DTensor.
+        u: right singular vectors, shape (blocks, columns), whole.
+        v: left singular vectors, shape (rows,), whole.
+        sizes: rows of each block.
+
+    Returns:
+        Shape (blocks,), the same on every process.
+    """
+    parts = pieces(matrix, sizes)
+    images = [part.to_rows(right.view(1, 1, -1)).flatten() for part, right in zip(parts, u, strict=True)]
+    sums = [(image * left).sum() for image, left in zip(images, v.split(sizes), strict=True)]
+    return torch.stack(_reduced(sums, parts, dist.ReduceOp.SUM))
 
 
 def sharded_leading(part: Piece, count: int, start: Tensor | None = None) -> Leading:
