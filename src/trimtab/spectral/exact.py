@@ -42,6 +42,7 @@ class Operator(NamedTuple):
         to_rows: maps u (columns,) to W u.
         to_columns: maps v (rows,) to W^T v.
         agree: turns one process's yes or no into that of all.
+        tolerance: bound on the relative error of sigma.
     """
 
     shape: tuple[int, int]
@@ -49,6 +50,7 @@ class Operator(NamedTuple):
     to_rows: Callable[[Tensor], Tensor]
     to_columns: Callable[[Tensor], Tensor]
     agree: Callable[[bool], bool]
+    tolerance: float
 
 
 def spectral_norm(matrix: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +92,7 @@ def leading(matrix: Tensor, count: int, start: Tensor | None = None) -> Leading:
     with torch.no_grad(), full_precision(matrix):
         matrix = matrix.detach()
         dtype = torch.promote_types(matrix.dtype, torch.float32)
-        scale = largest_entry(matrix).to(dtype)
+        scale, tolerance = largest_entry(matrix).to(dtype), tolerance_of(matrix.dtype)
         check_finite(scale)
         if not bool(scale > 0):
             axes = torch.eye(max(matrix.shape), dtype=dtype, device=matrix.device)
@@ -107,6 +109,7 @@ def leading(matrix: Tensor, count: int, start: Tensor | None = None) -> Leading:
             lambda u: thin_product(u.view(1, 1, -1), matrix.t().unsqueeze(0)).view(-1) / scale,
             lambda v: thin_product(v.view(1, 1, -1), matrix.unsqueeze(0)).view(-1) / scale,
             lambda decision: decision,
+            tolerance,
         )
         found = lanczos(operator, count, start)
         return found._replace(sigma=found.sigma * scale)
@@ -172,7 +175,7 @@ def lanczos(operator: Operator, count: int, start: Tensor | None = None) -> Lead
                 residual = beta * abs(float(P[k, 0]))
                 gap = float(values[0] - values[1]) if k else float(values[0])
                 error = residual * min(1.0, residual / (max(gap, residual) or 1.0))
-                converged = error <= _tolerance(like) * float(values[0])
+                converged = error <= operator.tolerance * float(values[0])
                 if complete or operator.agree(converged and k + 1 >= count) or k == size - 1:
                     basis = orthonormal_rows(Q[:count].to(U) @ U[:width], count)
                     v = P[:, 0].to(V) @ V[: k + 1]
@@ -183,9 +186,12 @@ def lanczos(operator: Operator, count: int, start: Tensor | None = None) -> Lead
     return found
 
 
-def _tolerance(like: Tensor) -> float:
-    """Bound on the relative error of sigma at which Lanczos stops; the error itself is a hundred times smaller."""
-    return 1e-6 if like.dtype == torch.float32 else 1e-15
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the bound on the relative error of sigma at which Lanczos stops for a matrix of this dtype.
+
+    The error itself is a hundred times smaller: below rounding, or, of half-precision weights, far below theirs.
+    """
+    return {torch.float64: 1e-15, torch.float32: 1e-6}.get(dtype, 1e-4)
 
 
 def orthonormal_rows(vectors: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trimtab.spectral.exact import Leading, Operator, check_finite, lanczos, largest_entry
+from trimtab.spectral.exact import Leading, Operator, check_finite, lanczos, largest_entry, tolerance_of
 from trimtab.spectral.power import Sizes
 from trimtab.spectral.products import thin_product
 
@@ -154,6 +154,7 @@ def sharded_leading(part: Piece, count: int, start: Tensor | None = None) -> Lea
         lambda u: products_to_rows([part], [u.view(1, 1, -1)])[0].view(-1) / scale,
         lambda v: products_to_columns([part], [v.view(1, 1, -1)])[0].view(-1) / scale,
         agree,
+        tolerance_of(part.whole.dtype),
     )
     found = lanczos(operator, count, start)
     return found._replace(sigma=found.sigma * scale)
