@@ -42,3 +42,29 @@ def test_a_weight_used_through_its_layer_is_not(frozen: str | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(model)
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> None:
+    for _ in range(steps):
+        model(torch.ones(1, 3)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_gammas_that_no_optimiser_holds_are_told_once() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tt.reparametrize_(model)
+    with pytest.warns(UserWarning, match=r"Linear: its weight has taken 10 steps but no optimiser holds its gamma"):
+        train(model, [optimizer], 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, [optimizer], 10)
+
+
+def test_an_optimiser_of_the_gammas_may_step_by_itself() -> None:
+    model = tt.reparametrize_(nn.Linear(3, 2))
+    optimizers = [torch.optim.SGD([model.weight], lr=0.01), torch.optim.SGD([model.gamma, model.bias], lr=0.01)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizers, 15)

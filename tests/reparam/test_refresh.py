@@ -147,3 +147,33 @@ def test_nothing_in_it_waits_for_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(Tensor, method, refuse)
     tt.refresh_(zoo)
+
+
+@pytest.mark.parametrize("use", ["effective_weight", "attention"])
+def test_the_vectors_may_move_between_forward_and_backward(use: str) -> None:
+    torch.manual_seed(0)
+    if use == "attention":  # one sigma over all three projections, with different inputs
+        model = tt.reparametrize_(nn.MultiheadAttention(8, 2).double(), tt.SigmaReparam(blocks="one"))
+        q, k = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(4, 3, 8, dtype=torch.float64)
+        weight, output = model.in_proj_weight, lambda: model(q, k, k)[0].square().sum()
+    else:
+        model = tt.reparametrize_(nn.Linear(5, 4).double())
+        weight, output = model.weight, lambda: tt.effective_weight(model).square().sum()
+    expected = torch.autograd.grad(output(), weight)
+    kept = output()
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.mul_(0.5)
+    torch.testing.assert_close(torch.autograd.grad(kept, weight), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e20, 1e35])
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_weights_of_any_scale_are_followed(scale: float, vectors: int) -> None:
+    torch.manual_seed(0)
+    layer = tt.reparametrize_(nn.Linear(8, 6), tt.SigmaReparam(vectors=vectors))
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(6, 8) * scale)
+    for _ in range(100):
+        tt.refresh_(layer)
+    assert float(tt.sigma_error(layer)["weight"]) == pytest.approx(0, abs=1e-4)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -182,3 +183,41 @@ def test_a_subclass_without_a_forward_of_its_own_keeps_its_class(copied: Callabl
     torch.testing.assert_close(twin.state_dict(), layer.state_dict(), rtol=0, atol=0)
     assert type(tt.fold_(twin)) is Quiet
     assert type(tt.fold_(layer)) is Quiet
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_parameters_alone_has_its_vectors_computed(strict: bool) -> None:
+    torch.manual_seed(0)
+    saved, other = (tt.reparametrize_(nn.Linear(6, 5).double(), tt.SigmaReparam(vectors=2)) for _ in range(2))
+    with torch.no_grad():
+        saved.gamma.mul_(1.5)
+    other.load_state_dict(dict(saved.named_parameters()), strict=strict)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(other(x), saved(x))
+    assert float(tt.sigma_error(other)["weight"]) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_model_whose_blocks_a_lambda_chose_can_be_pickled() -> None:
+    model = tt.reparametrize_(nn.Sequential(nn.Linear(6, 8)), tt.SigmaReparam(blocks=lambda module, name: 2))
+    twin = pickle.loads(pickle.dumps(model))
+    x = torch.randn(3, 6)
+    assert torch.equal(twin(x), model(x))
+    assert twin[0].gamma.shape == (2,)
+
+
+class WithLock(nn.Linear):
+    """A subclass that says itself what of it is copied."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+
+def test_a_subclass_decides_what_is_copied_of_it() -> None:
+    layer = tt.reparametrize_(WithLock())
+    twin = copy.deepcopy(layer)
+    assert not hasattr(twin, "lock")
+    assert torch.equal(twin.weight, layer.weight)

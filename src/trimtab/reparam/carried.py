@@ -37,7 +37,8 @@ class Carried(NamedTuple):
 
     def sigma(self) -> Tensor:
         """Return v^T W u of each block, shape (blocks,)."""
-        return block_sigma(self.matrix, self.u, self.v, self.sizes)
+        # Clones, because the vectors may move between this and a backward through it.
+        return block_sigma(self.matrix, self.u.clone(), self.v.clone(), self.sizes)
 
     def replicated(self) -> "Carried":
         """Return the same with the vectors as replicas on the mesh of a sharded weight; otherwise itself."""
@@ -130,7 +131,7 @@ def exact_start(matrix: Tensor, sizes: Sizes, vectors: int) -> Start:
         ValueError: if the matrix is not floating, empty, zero or not finite; the message says which and what to do.
     """
     if not matrix.is_floating_point() or matrix.numel() == 0:
-        raise ValueError(f"expected floating values, got {matrix.dtype} of shape {tuple(matrix.shape)}")
+        raise ValueError(f"expected floating values, at least one, got {matrix.dtype} of shape {tuple(matrix.shape)}")
     count = min(vectors, matrix.shape[1], *sizes)
     if matrix.is_meta:
         like = matrix.new_empty(0, dtype=torch.promote_types(matrix.dtype, torch.float32))

@@ -4,6 +4,7 @@ Converting swaps the class of the very same module object, so references, hooks,
 what they were.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,8 @@ def carry_(module: nn.Module, starts: dict[str, Start], config: SigmaReparam) ->
         setattr(module, gamma_name, start.gamma)
         module.register_buffer(u_name, start.basis)
         module.register_buffer(v_name, start.v)
-    module.__dict__["_sigma_config"] = config
+    # A function that chose the blocks has done so, and may be one that cannot be pickled.
+    module.__dict__["_sigma_config"] = replace(config, blocks="auto") if callable(config.blocks) else config
     before = module.__dict__.get("_carried_sizes", {})
     module.__dict__["_carried_sizes"] = before | {name: start.sizes for name, start in starts.items()}
     module.__class__ = converted_class(plain_class_of(module))
@@ -91,7 +93,7 @@ def mixin_of(plain: type[nn.Module]) -> type[Reparametrized] | None:
 
 def _reduce(module: Reparametrized, protocol: Any) -> Any:
     """Pickle by the plain class, since the converted one is made at run time; deepcopy goes the same way."""
-    return _rebuild, (module.plain_class,), module.__dict__
+    return _rebuild, (module.plain_class,), module.__getstate__()
 
 
 def _rebuild(plain_class: type[nn.Module]) -> nn.Module:

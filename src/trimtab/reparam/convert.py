@@ -207,6 +207,8 @@ def effective_weight(module: nn.Module, name: str | None = None) -> Tensor:
     carried = list(module._carried_sizes) if isinstance(module, Reparametrized) else []
     weights = [key for key, p in module._parameters.items() if p is not None and key.endswith("weight")]
     candidates = carried or weights
+    if not weights:
+        raise ValueError(f"{type(module).__name__} has no weight of its own: pass one of its layers")
     if name is None and len(candidates) != 1:
         raise ValueError(f"{type(module).__name__} has {len(candidates)} weights {candidates}: pass the name of one")
     chosen = candidates[0] if name is None else name

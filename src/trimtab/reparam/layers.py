@@ -86,7 +86,7 @@ class Reparametrized(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as usual; a plain checkpoint (a weight without gamma and vectors) has them computed for it."""
+        """Load as usual; what a checkpoint lacks beside a weight, gamma and vectors or these alone, is computed."""
         for weight_name in self._carried_sizes:
             self._fit_basis(state_dict, prefix + carried_names(weight_name)[1], self.carried(weight_name).basis)
             self._drop_own(state_dict, prefix, weight_name)
@@ -94,12 +94,16 @@ class Reparametrized(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, absent, unexpected_keys, error_msgs)
         for weight_name in self._carried_sizes:
             keys = [prefix + name for name in carried_names(weight_name)]
-            if prefix + weight_name in state_dict and all(key in absent for key in keys):
-                absent = [key for key in absent if key not in keys]
+            lacking = [key for key in keys if key in absent]
+            if prefix + weight_name in state_dict and lacking:
+                if lacking in (keys, keys[1:]):  # a plain checkpoint, or one of parameters alone
+                    absent = [key for key in absent if key not in keys]
                 try:
-                    self.start_(weight_name, self.exact_start(weight_name), "spectral")
+                    start = self.exact_start(weight_name)
+                    self.start_(weight_name, start, "spectral" if keys[0] in lacking else "keep")
                 except ValueError as error:
-                    error_msgs.append(f"{prefix}{weight_name} comes from a plain checkpoint: {error}")
+                    source = "a plain checkpoint" if keys[0] in lacking else "a checkpoint without singular vectors"
+                    error_msgs.append(f"{prefix}{weight_name} comes from {source}: {error}")
             for name in carried_names(weight_name):
                 tensor = getattr(self, name)
                 if torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:  # a half-precision file, assigned

@@ -239,6 +239,8 @@ def _cannot_be_trained(module: nn.Module) -> str | None:
     for name, parameter in module._parameters.items():
         if parameter is None or parameter.ndim < 2:
             continue
+        if parameter.is_inference():
+            return f"its {name} was made in torch.inference_mode() and cannot be trained: build the model outside it"
         if parameter.is_complex():
             return f"its {name} is complex, which is not supported"
         if parameter.dtype not in _DTYPES:

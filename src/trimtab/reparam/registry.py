@@ -4,6 +4,7 @@ Version counters cannot tell when a weight was updated (fused optimisers and ``.
 training shows 0, compilation folds them to constants), so the optimiser's own post-step hook does.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -19,6 +20,9 @@ from trimtab.reparam.refresh import refresh_vectors_
 
 _alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _known_to_be_used: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_steps_without_gamma: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+# An optimiser of the gammas may step more rarely than that of the weights.
+_PATIENCE = 10
 _hook: Any = None
 
 
@@ -48,10 +52,27 @@ def _warn_if_bypassed(module: Any, weight_name: str, held: set[int]) -> None:
     if gamma.grad is None:
         warnings.warn(
             f"{module.plain_class.__name__} {tuple(module.get_parameter(weight_name).shape)}: its {weight_name} got a "
-            "gradient but its gamma none, so some code reads the weight itself and sigma-Reparam has no effect on it. "
-            "Leave that layer out with filter_fn (`trimtab.describe(model)` names the layers)",
+            "gradient but its gamma none. Either the layer took no part in this step and only a penalty reached it, or "
+            "some code reads the weight itself, where sigma-Reparam has no effect: then leave the layer out with "
+            "filter_fn (`trimtab.describe(model)` names the layers)",
             stacklevel=2,
         )
+
+
+def _warn_if_left_behind(module: Any, weight_name: str, held: set[int]) -> None:
+    """Say once if the weight is trained step after step and no optimiser ever held its gamma."""
+    gamma = module.get_parameter(carried_names(weight_name)[0])
+    if id(gamma) in held or not gamma.requires_grad:
+        _steps_without_gamma[module] = -math.inf
+    elif gamma.grad is not None and id(module.get_parameter(weight_name)) in held:
+        _steps_without_gamma[module] = _steps_without_gamma.get(module, 0) + 1
+        if _steps_without_gamma[module] == _PATIENCE:
+            warnings.warn(
+                f"{module.plain_class.__name__}: its {weight_name} has taken {_PATIENCE} steps but no optimiser holds "
+                "its gamma, which stays as it is. Build the optimiser after converting, or add the gammas to it with "
+                "add_param_group; to leave them fixed, set requires_grad_(False) on them",
+                stacklevel=2,
+            )
 
 
 def _refuse_flattened(modules: Iterable[nn.Module]) -> None:
@@ -71,6 +92,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for module in list(_alive):
         for weight_name in module.__dict__.get("_carried_sizes", ()):
             weight = module._parameters.get(weight_name)
+            if _steps_without_gamma.get(module, 0) >= 0:
+                _warn_if_left_behind(module, weight_name, held)
             if weight is not None and id(weight) in held:
                 _refuse_flattened([module] if weight.ndim < 2 else [])
                 by_weight.setdefault(id(weight), []).append((module, weight_name))

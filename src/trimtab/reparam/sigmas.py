@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.reparam.carried import Carried, sigma_in_use, true_sigma, whole
+from trimtab.reparam.convert import expect_module
 from trimtab.reparam.layers import Reparametrized
 
 
@@ -36,7 +37,11 @@ def sigma_error(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         float32 or float64 tensors; NaN for a weight that is not finite.
+
+    Raises:
+        TypeError: if the model is not a module.
     """
+    expect_module(model)
     errors: dict[str, Tensor] = {}
     for name, carried in _converted_weights(model):
         estimate = sigma_in_use(carried)

@@ -37,9 +37,9 @@ def block_iteration(bases: Sequence[Tensor], to_rows: Products, to_columns: Prod
         For each ``(basis, v)``: the new right vectors, of shape (B, k, columns), and the left singular vectors
         of shape (B, rows), NaN where there is no usable one.
     """
-    images = to_rows(list(bases))
+    images = [_in_range(each) for each in to_rows(list(bases))]
     images = _apply(_together(_orthonormalizer, images), images)
-    returned = to_columns(images)
+    returned = [_in_range(each) for each in to_columns(images)]
     rotations = _together(_leading_first, returned)
     images, returned = _apply(rotations, images), _apply(rotations, returned)
     moved = []
@@ -50,6 +50,15 @@ def block_iteration(bases: Sequence[Tensor], to_rows: Products, to_columns: Prod
         v = left / torch.linalg.vector_norm(left, dim=1, keepdim=True)
         moved.append((torch.where(usable, back / length, basis), torch.where(usable[:, 0], v, torch.nan)))
     return moved
+
+
+def _in_range(vectors: Tensor) -> Tensor:
+    """Scale vectors (B, k, n) to entries of order one, so that squares neither overflow nor vanish.
+
+    By a power of two for each of the B, which rounds nothing; zero and non-finite vectors become NaN.
+    """
+    largest = vectors.abs().amax((1, 2), keepdim=True)
+    return vectors / largest.log2().floor().exp2()
 
 
 def _together(make: Callable[[Tensor], Tensor], vectors: list[Tensor]) -> list[Tensor]:
