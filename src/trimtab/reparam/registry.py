@@ -61,10 +61,12 @@ def _warn_if_bypassed(module: Any, weight_name: str, held: set[int]) -> None:
 
 def _warn_if_left_behind(module: Any, weight_name: str, held: set[int]) -> None:
     """Say once if the weight is trained step after step and no optimiser ever held its gamma."""
-    gamma = module.get_parameter(carried_names(weight_name)[0])
+    gamma, weight = (module._parameters.get(name) for name in (carried_names(weight_name)[0], weight_name))
+    if gamma is None or weight is None:  # somebody flattened them
+        return
     if id(gamma) in held or not gamma.requires_grad:
         _steps_without_gamma[module] = -math.inf
-    elif gamma.grad is not None and id(module.get_parameter(weight_name)) in held:
+    elif gamma.grad is not None and id(weight) in held:
         _steps_without_gamma[module] = _steps_without_gamma.get(module, 0) + 1
         if _steps_without_gamma[module] == _PATIENCE:
             warnings.warn(
