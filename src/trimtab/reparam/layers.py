@@ -162,7 +162,7 @@ class Reparametrized(nn.Module):
         names = ("reset_parameters", "_reset_parameters")  # the second is nn.MultiheadAttention's
         draw = next((getattr(self.plain_class, name) for name in names if hasattr(self.plain_class, name)), None)
         if draw is None:
-            raise NotImplementedError(
+            raise AttributeError(
                 f"{self.plain_class.__name__} has no reset_parameters: draw its weight by your own rule, then call "
                 "trimtab.refresh_(model, exact=True)"
             )
