@@ -189,9 +189,9 @@ def lanczos(operator: Operator, count: int, start: Tensor | None = None) -> Lead
 def tolerance_of(dtype: torch.dtype) -> float:
     """Return the bound on the relative error of sigma at which Lanczos stops for a matrix of this dtype.
 
-    The error itself is a hundred times smaller: below rounding, or, of half-precision weights, far below theirs.
+    The bound is a cautious one: on Gaussian matrices the error itself lies far below it, in rounding.
     """
-    return {torch.float64: 1e-15, torch.float32: 1e-6}.get(dtype, 1e-4)
+    return 1e-15 if dtype == torch.float64 else 1e-6
 
 
 def orthonormal_rows(vectors: Tensor, count: int) -> Tensor:
