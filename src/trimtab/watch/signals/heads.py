@@ -1,16 +1,14 @@
-"""What is measured on a logging step: pure functions of tensors and models.
+"""What is measured of every attention head.
 
 Shape letters: B batch, H heads, L queries, S keys, D features.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.attention import attention_stats
-from trimtab.spectral import spectral_norm
 
 # An additive mask hides a key by -inf, by the dtype's smallest number, or by -1e4 as BERT does. All count as hidden.
 _HIDDEN = -1e4
@@ -82,61 +80,3 @@ def merge(calls: list[HeadStats]) -> HeadStats:
         normalized=torch.stack([call.normalized for call in calls]).mean(0),
         max_logit=torch.stack([call.max_logit for call in calls]).amax(0),
     )
-
-
-@torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float | None:
-    """L2 norm of all gradients together; None without gradients, or when they are sharded over processes."""
-    norms = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if _is_elsewhere(gradient):
-            return None
-        if gradient.is_sparse:
-            gradient = gradient.coalesce().values()
-        # float64, so that the squares of a diverging run's gradients do not overflow; Apple's GPUs have none.
-        wide = torch.float32 if gradient.device.type == "mps" else torch.float64
-        absolute = gradient.abs() if gradient.is_complex() else gradient
-        norms.append(torch.linalg.vector_norm(absolute, dtype=wide).cpu().double())
-    return torch.linalg.vector_norm(torch.stack(norms)).item() if norms else None
-
-
-@torch.no_grad()
-def plain_sigmas(model: nn.Module, skip: Iterable[str], starts: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Largest singular value of every weight matrix that is not converted, by dotted parameter name.
-
-    Matrices are parameters of two or more dimensions whose name ends in "weight", flattened to
-    (out, everything else); embeddings, and heads tied to one, are none.
-
-    Args:
-        model: the model.
-        skip: names to leave out: the converted weights.
-        starts: right singular vectors by name; read to start from, and filled with the new ones.
-
-    Returns:
-        A list of one number for each matrix; NaN when the weight holds NaN or inf.
-    """
-    converted = set(skip)
-    modules = list(model.named_modules())
-    known = {id(p) for _, m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters()}
-    sigmas: dict[str, list[float]] = {}
-    for prefix, module in modules:
-        for own_name, weight in module.named_parameters(prefix, recurse=False):
-            matrix_like = own_name.endswith("weight") and weight.ndim >= 2 and weight.numel() > 0
-            matrix_like = matrix_like and weight.is_floating_point()
-            if not matrix_like or own_name in converted or id(weight) in known or _is_elsewhere(weight):
-                continue
-            known.add(id(weight))
-            if not weight.isfinite().all():
-                sigmas[own_name] = [float("nan")]
-                continue
-            sigma, starts[own_name], _ = spectral_norm(weight.detach().flatten(1), starts.get(own_name))
-            sigmas[own_name] = [sigma.item()]
-    return sigmas
-
-
-def _is_elsewhere(tensor: Tensor) -> bool:
-    """Whether the numbers are not all here: a DTensor is spread over processes, a meta tensor has none."""
-    return hasattr(tensor, "placements") or tensor.is_meta
