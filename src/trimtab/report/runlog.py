@@ -16,7 +16,7 @@ from trimtab.errors import RunFolderError
 
 Floats = NDArray[np.float64]
 
-_HEAD_ARRAYS = ("entropy", "entropy_normalized", "max_logit")
+_HEAD_ARRAYS = ("entropy", "entropy_normalized", "max_logit", "logit_norm", "entropy_bound")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Run:
         entropy: (lines, heads), nats; NaN where it was not seen.
         entropy_normalized: (lines, heads), entropy divided by its maximum, 0 to 1.
         max_logit: (lines, heads), largest attention logit.
+        logit_norm: (lines, heads), mean norm of a query's logits about their mean.
+        entropy_bound: (lines, heads), nats: the least entropy that logits of that norm allow, mean over queries.
         result: result.json, or an empty dict when the run did not end.
     """
 
@@ -41,6 +43,8 @@ class Run:
     entropy: NDArray[np.float32]
     entropy_normalized: NDArray[np.float32]
     max_logit: NDArray[np.float32]
+    logit_norm: NDArray[np.float32]
+    entropy_bound: NDArray[np.float32]
     result: dict[str, Any]
 
     def column(self, name: str) -> Floats:

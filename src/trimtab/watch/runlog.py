@@ -27,7 +27,8 @@ logger = logging.getLogger("trimtab")
 
 FORMAT = 1
 STEPS = "steps.jsonl"
-ARRAYS = ("heads_entropy.f32", "heads_entropy_normalized.f32", "heads_max_logit.f32")  # the fields of Reading
+_ARRAY_OF = {"normalized": "entropy_normalized", "bound": "entropy_bound"}  # the others are called as their field
+ARRAYS = tuple(f"heads_{_ARRAY_OF.get(field, field)}.f32" for field in Reading._fields)
 
 
 class RunLog:
@@ -96,15 +97,15 @@ class RunLog:
         self._files = []
 
     def _rows(self, readings: Mapping[Head, Reading]) -> NDArray[np.float32]:
-        """The readings of the named heads, (heads, 3); NaN for those that were not seen."""
+        """The readings of the named heads, (heads, fields); NaN for those that were not seen."""
         late = [str(head) for head in readings if head not in self._heads]
         if late and not self._told_late:
             self._told_late = True
             logger.warning("heads that the first logged step did not have are not logged: %s", ", ".join(late))
-        unseen = Reading(math.nan, math.nan, math.nan)
+        unseen = Reading(*(math.nan for _ in Reading._fields))
         rows = np.array([readings.get(head, unseen) for head in self._heads], dtype=np.float64)
         with np.errstate(over="ignore"):  # inf is what float32 has for it
-            return rows.reshape(-1, 3).astype("<f4")
+            return rows.reshape(-1, len(Reading._fields)).astype("<f4")
 
     def _begin_arrays(self, heads: list[Head]) -> None:
         """Name the heads, and give the lines before attention was first seen their rows of NaN."""

@@ -1,0 +1,99 @@
+"""One log of several processes: what each of them saw of a step becomes one line, the same on all of them.
+
+So alarms, which are decided from that line alone, are decided the same way everywhere.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from trimtab.watch.alarms import Head, Reading
+
+
+class Sight(NamedTuple):
+    """What one process saw of a step: entries of the log line, and the readings of its heads."""
+
+    line: dict[str, Any]
+    readings: dict[Head, Reading]
+
+
+class Ranks:
+    """The processes that watch one model together, each of them with a Watch of its own.
+
+    Args:
+        group: of torch.distributed; None is the default group, when there is one.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        several = dist.is_available() and dist.is_initialized()
+        self.size: int = dist.get_world_size(group) if several else 1
+        self.first: bool = self.size == 1 or dist.get_rank(group) == 0
+
+    def together(self, sight: Sight) -> Sight:
+        """The sight of all processes; all of them must ask for the same step."""
+        return combine(self._gather(sight))
+
+    def first_does(self, work: Callable[[], None]) -> None:
+        """Let the first process do something; its error is raised in all of them, so that none is left waiting."""
+        error: Exception | None = None
+        if self.first:
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+        found = next((caught for caught in self._gather(error) if caught is not None), None)
+        if found is not None:
+            raise found
+
+    def _gather(self, mine: Any) -> list[Any]:
+        if self.size == 1:
+            return [mine]
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, mine, group=self._group)
+        return everyones
+
+
+def combine(sights: Sequence[Sight]) -> Sight:
+    """One sight of several: numbers are averaged, largest logits maxed, names united in the order first met.
+
+    An entry that not all processes saw is averaged over those that did: a stage of a pipeline speaks for its own
+    layers. NaN in one process stays NaN, so that nothing broken is averaged away.
+    """
+    if len(sights) == 1:
+        return sights[0]
+    heads = dict.fromkeys(head for sight in sights for head in sight.readings)
+    readings = {
+        head: _combine_readings([sight.readings[head] for sight in sights if head in sight.readings]) for head in heads
+    }
+    return Sight(_combine_entries([sight.line for sight in sights]), readings)
+
+
+def _combine_readings(readings: Sequence[Reading]) -> Reading:
+    """NaN is a broken head where its logits are NaN too; else a head that had no choice in that process's batch."""
+    broken = any(math.isnan(reading.max_logit) for reading in readings)
+    means = [
+        _mean([value for value in values if broken or not math.isnan(value)])
+        for values in zip(*readings, strict=True)
+    ]
+    largest = math.nan if broken else max(reading.max_logit for reading in readings)
+    return Reading(*means)._replace(max_logit=largest)
+
+
+def _combine_entries(entries: Sequence[Any]) -> Any:
+    """Mappings and lists entry by entry, numbers by their mean; anything else is the first process's."""
+    first = entries[0]
+    if isinstance(first, Mapping):
+        names = dict.fromkeys(name for entry in entries for name in entry)
+        return {name: _combine_entries([entry[name] for entry in entries if name in entry]) for name in names}
+    if isinstance(first, list) and all(len(entry) == len(first) for entry in entries):
+        return [_combine_entries(values) for values in zip(*entries, strict=True)]
+    if isinstance(first, float):
+        return _mean(entries)
+    return first
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
