@@ -5,7 +5,7 @@ from trimtab.reparam.convert import effective_weight, fold_, refresh_, reparamet
 from trimtab.reparam.describe import describe
 from trimtab.reparam.norms import remove_norms_
 from trimtab.reparam.saving import save_pretrained
-from trimtab.reparam.sigmas import sigma_error, sigma_gamma
+from trimtab.reparam.sigmas import sigma_error, sigma_gamma, stable_ranks
 
 __all__ = [
     "FilterFn",
@@ -19,4 +19,5 @@ __all__ = [
     "save_pretrained",
     "sigma_error",
     "sigma_gamma",
+    "stable_ranks",
 ]

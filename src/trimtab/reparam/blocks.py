@@ -28,10 +28,10 @@ def _spelled(*words: str) -> frozenset[str]:
 
 
 # Names of layers that make queries, keys or values; lower case.
-_SEPARATE = {"query": _spelled("q", "query"), "key": _spelled("k", "key"), "value": _spelled("v", "value")}
+SEPARATE = {"query": _spelled("q", "query"), "key": _spelled("k", "key"), "value": _spelled("v", "value")}
 # Names of fused layers: always (k | v), mostly (q | k | v), and those under which both orders are found.
-_KEY_VALUE = {"kv", "kv_proj", "to_kv"}
-_FUSED = {"qkv", "qkv_proj", "qkv_linear", "to_qkv", "Wqkv", "W_pack", "c_attn", "att_proj", "in_proj_qkv"}
+KEY_VALUE = {"kv", "kv_proj", "to_kv"}
+FUSED = {"qkv", "qkv_proj", "qkv_linear", "to_qkv", "Wqkv", "W_pack", "c_attn", "att_proj", "in_proj_qkv"}
 _EITHER = {"query_key_value", "linear_qkv", "wqkv"}
 # Attention classes, and the layer in them, that go head by head.
 _HEAD_BY_HEAD = {
@@ -53,14 +53,14 @@ _UNEQUAL_HEADS = {
     "kv_b_proj": ("qk_nope_head_dim", "v_head_dim"),  # multi-head latent attention
 }
 # Attributes by which attention modules tell the features of a head, the number of heads, and that of key-value heads.
-_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "dim_head", "head_width", "key_value_proj_dim")
+HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "dim_head", "head_width", "key_value_proj_dim")
 _HEAD_DIM_OF = {
-    "query": ("qk_head_dim", "head_k_dim", "qk_channels_per_head", *_HEAD_DIM),
-    "key": ("qk_head_dim", "head_k_dim", "qk_channels_per_head", *_HEAD_DIM),
-    "value": ("v_head_dim", "head_v_dim", "v_channels_per_head", *_HEAD_DIM),
+    "query": ("qk_head_dim", "head_k_dim", "qk_channels_per_head", *HEAD_DIM),
+    "key": ("qk_head_dim", "head_k_dim", "qk_channels_per_head", *HEAD_DIM),
+    "value": ("v_head_dim", "head_v_dim", "v_channels_per_head", *HEAD_DIM),
 }
-_HEADS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead")
-_KEY_HEADS = (
+HEADS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead")
+KEY_HEADS = (
     "num_key_value_heads",
     "num_kv_heads",
     "n_kv_heads",
@@ -118,10 +118,10 @@ def block_sizes(
     if isinstance(layer, nn.MultiheadAttention):
         step = layer.head_dim if config.blocks == "heads" else layer.embed_dim
         return (step,) * (rows // step)
-    parts = _parts(place, rows, columns) if place is not None and _is_linear(layer) else []
+    parts = parts_of(place, rows, columns) if place is not None and is_linear(layer) else []
     if config.blocks != "heads":
         return tuple(size for _, size in parts) or (rows,)
-    return _heads(place, parts, rows) if place is not None and _is_linear(layer) else ()
+    return _heads(place, parts, rows) if place is not None and is_linear(layer) else ()
 
 
 def _checked(answer: int | Sequence[int], layer: nn.Module, layer_name: str, rows: int) -> Sizes:
@@ -147,9 +147,9 @@ def _checked(answer: int | Sequence[int], layer: nn.Module, layer_name: str, row
     return sizes
 
 
-def _parts(place: Place, rows: int, columns: int) -> list[Part]:
+def parts_of(place: Place, rows: int, columns: int) -> list[Part]:
     """Return what the rows of a layer make, one part after the other; [] where that is not known."""
-    for role, names in _SEPARATE.items():
+    for role, names in SEPARATE.items():
         if place.name.lower() in names:
             return [(role, rows)]
     if not _goes_in_sequence(place):
@@ -157,11 +157,11 @@ def _parts(place: Place, rows: int, columns: int) -> list[Part]:
     unequal = _told_all(place.holder, _UNEQUAL_PARTS.get(place.name))
     if unequal is not None:
         return _named(unequal) if sum(unequal) == rows else []
-    heads, key_heads, head_dim = (_told(place.holder, names) for names in (_HEADS, _KEY_HEADS, _HEAD_DIM))
+    heads, key_heads, head_dim = (number_told(place.holder, names) for names in (HEADS, KEY_HEADS, HEAD_DIM))
     if head_dim is None and heads and key_heads and rows % (heads + 2 * key_heads) == 0:
         head_dim = rows // (heads + 2 * key_heads)
     queries = _rows_of_queries(place.holder)
-    elsewhere = queries is not None or place.name in _KEY_VALUE
+    elsewhere = queries is not None or place.name in KEY_VALUE
     if queries is None and heads and head_dim:
         queries = heads * head_dim
     keys = key_heads * head_dim if key_heads and head_dim else queries
@@ -181,16 +181,17 @@ def _named(sizes: Sizes) -> list[Part]:
     return list(zip(("query", "key", "value")[-len(sizes) :], sizes, strict=True))
 
 
-def _is_head_by_head(place: Place) -> bool:
+def is_head_by_head(place: Place) -> bool:
+    """Say whether a fused layer is one known to hold the rows of each head together."""
     return any((cls.__name__, place.name) in _HEAD_BY_HEAD for cls in type(place.holder).__mro__)
 
 
 def _goes_in_sequence(place: Place) -> bool:
     """Say whether a fused layer is known to hold its parts one after the other."""
     holder, name = place
-    if _told(holder, _KEY_HEADS) == 1 and name in _FUSED | _KEY_VALUE | _EITHER:
+    if number_told(holder, KEY_HEADS) == 1 and name in FUSED | KEY_VALUE | _EITHER:
         return True  # all queries share one key and one value: both orders are the same
-    if name not in _FUSED | _KEY_VALUE or _is_head_by_head(place):
+    if name not in FUSED | KEY_VALUE or is_head_by_head(place):
         return False
     if getattr(holder, "head_first", False):  # timm's MaxxViT
         return False
@@ -204,22 +205,22 @@ def _heads(place: Place, parts: list[Part], rows: int) -> Sizes:
     if unequal is not None:
         return unequal * (rows // sum(unequal)) if rows % sum(unequal) == 0 else ()
     if not parts:  # a head's rows lie together in either order
-        head_dim = _told(holder, _HEAD_DIM)
-        known = name in _FUSED | _KEY_VALUE | _EITHER or _is_head_by_head(place)
+        head_dim = number_told(holder, HEAD_DIM)
+        known = name in FUSED | KEY_VALUE | _EITHER or is_head_by_head(place)
         return (head_dim,) * (rows // head_dim) if known and head_dim and rows % head_dim == 0 else ()
     sizes: Sizes = ()
     for role, size in parts:
-        head_dim = _head_dim(holder, role, size)
+        head_dim = features_of_head(holder, role, size)
         if not head_dim or size % head_dim:
             return ()
         sizes += (head_dim,) * (size // head_dim)
     return sizes
 
 
-def _head_dim(holder: nn.Module, role: str, rows: int) -> int | None:
+def features_of_head(holder: nn.Module, role: str, rows: int) -> int | None:
     """Return the features of one head, given all the rows of a holder's queries, keys or values."""
-    told = _told(holder, _HEAD_DIM_OF[role])
-    heads, key_heads = _told(holder, _HEADS), _told(holder, _KEY_HEADS)
+    told = number_told(holder, _HEAD_DIM_OF[role])
+    heads, key_heads = number_told(holder, HEADS), number_told(holder, KEY_HEADS)
     if told or not heads:
         return told
     if role != "query" and key_heads:
@@ -232,7 +233,7 @@ def _rows_of_queries(holder: nn.Module) -> int | None:
     """Return the rows of the layer that makes a holder's queries, if it has one that makes nothing else."""
     for name, child in holder._modules.items():
         layer = getattr(child, "base_layer", child)
-        if name.lower() in _SEPARATE["query"] and isinstance(layer, nn.Module) and _is_linear(layer):
+        if name.lower() in SEPARATE["query"] and isinstance(layer, nn.Module) and is_linear(layer):
             weight = layer._parameters.get("weight")
             return None if weight is None else rows_and_columns(layer, weight)[0]
     return None
@@ -245,12 +246,13 @@ def rows_and_columns(module: nn.Module, weight: Tensor) -> tuple[int, int]:
     return (columns, rows) if mixin is not None and mixin.transposed else (rows, columns)
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
+    """Say whether the layer multiplies by one matrix: nn.Linear, Hugging Face's Conv1D, or either converted."""
     mixin = mixin_of(plain_class_of(layer))
     return isinstance(layer, nn.Linear) or (mixin is not None and mixin.transposed)
 
 
-def _told(holder: nn.Module, names: Iterable[str]) -> int | None:
+def number_told(holder: nn.Module, names: Iterable[str]) -> int | None:
     """Return the first of these attributes that is a positive whole number."""
     values = (getattr(holder, name, None) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
@@ -258,6 +260,6 @@ def _told(holder: nn.Module, names: Iterable[str]) -> int | None:
 
 def _told_all(holder: nn.Module, names: tuple[str, ...] | None) -> Sizes | None:
     """Return all of these attributes, if there are any and all are positive whole numbers."""
-    values = [_told(holder, (name,)) for name in names or ()]
+    values = [number_told(holder, (name,)) for name in names or ()]
     sizes = tuple(value for value in values if value is not None)
     return sizes if sizes and len(sizes) == len(values) else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trimtab.reparam.carried import Carried, sigma_in_use, true_sigma, whole
 from trimtab.reparam.convert import expect_module
 from trimtab.reparam.layers import Reparametrized
+from trimtab.spectral import sum_blocks
 
 
 @torch.no_grad()
@@ -19,6 +20,21 @@ def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, carried in _converted_weights(model):
         found[name] = (sigma_in_use(carried), whole(carried.gamma.detach()).clone())
+    return found
+
+
+@torch.no_grad()
+def stable_ranks(model: nn.Module) -> dict[str, Tensor]:
+    """Stable rank ``||W||_F² / sigma²`` of every block of every converted weight by its dotted name, shape (blocks,).
+
+    With the sigma in use; NaN for a weight that is zero or not finite. Of sharded weights every process gets all
+    values; every process must ask.
+    """
+    found: dict[str, Tensor] = {}
+    for name, carried in _converted_weights(model):
+        sigma = sigma_in_use(carried)
+        rows = carried.matrix.detach().to(sigma.dtype).square().sum(1)
+        found[name] = whole(sum_blocks(rows, carried.sizes)) / sigma.square()
     return found
 
 

@@ -8,28 +8,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.attention import attention_stats
-
-# An additive mask hides a key by -inf, by the dtype's smallest number, or by -1e4 as BERT does. All count as hidden.
-_HIDDEN = -1e4
+from trimtab.attention.bound import unchecked_lower_bound
+from trimtab.attention.entropy import AttentionStats, stats_and_keys
+from trimtab.attention.logits import ScoreMod
+from trimtab.attention.stats import HIDDEN
 
 
 class HeadStats(NamedTuple):
     """One number per attention head, each tensor of shape (H,), detached.
 
     Attributes:
-        entropy: mean attention entropy over batch and queries, nats.
+        entropy: mean attention entropy over batch and queries, nats. Queries that may see no key are left out here
+            and in the other means; NaN when all are.
         normalized: mean of the entropy divided by the logarithm of the number of keys that the query may see,
-            0 to 1. Queries that see fewer than two keys have no choice and are left out; NaN when all are.
+            0 to 1. Queries that see a single key have no choice and are left out too.
         max_logit: largest attention logit (scaled, mask added).
+        logit_norm: mean norm of a row of logits about its mean, over the keys that the query may see.
+        bound: mean of `entropy_lower_bound(logit_norm, number of those keys)`, nats: never above `entropy`.
     """
 
     entropy: Tensor
     normalized: Tensor
     max_logit: Tensor
+    logit_norm: Tensor
+    bound: Tensor
 
 
-@torch.no_grad()
 def head_stats(
     query: Tensor,
     key: Tensor,
@@ -38,21 +42,33 @@ def head_stats(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> HeadStats:
     """Statistics of each head of one attention call; arguments and errors as for `trimtab.attention_stats`.
 
     A query of shape (B..., H, L, D) has H heads; one of shape (B, L, D) or (L, D) is taken as a single head.
     """
-    stats = attention_stats(query, key, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    keys = visible_keys(query.shape[-2], key.shape[-2], attn_mask, is_causal).to(stats.entropy)
-    keys = keys.expand(stats.entropy.shape)
-    choice = keys >= 2
-    share = torch.where(choice, stats.entropy / keys.clamp(min=2).log(), 0)
-    return HeadStats(
-        entropy=_per_head(stats.entropy).mean(1),
-        normalized=_per_head(share).sum(1) / _per_head(choice).sum(1),
-        max_logit=_per_head(stats.max_logit).amax(1),
-    )
+    return per_head_stats(*stats_and_keys(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, score_mod))
+
+
+@torch.no_grad()
+def per_head_stats(stats: AttentionStats, keys: Tensor) -> HeadStats:
+    """Summarize the queries of every head.
+
+    Args:
+        stats: of shape (B..., H, L); (B, L) or (L,) is taken as a single head.
+        keys: how many keys each query may see, broadcastable to that shape.
+    """
+    keys = keys.to(stats.entropy).expand(stats.entropy.shape)
+    sees, choice = keys >= 1, keys >= 2
+    share = stats.entropy / keys.clamp(min=2).log()
+    bound = unchecked_lower_bound(stats.logit_norm, keys)
+    numbers = torch.stack([stats.entropy, share, stats.logit_norm, bound])
+    counted = torch.stack([sees, choice, sees, sees])
+    means = _per_head(torch.where(counted, numbers, 0)).sum(-1) / _per_head(counted).sum(-1)
+    entropy, normalized, logit_norm, bound = means.unbind()
+    return HeadStats(entropy, normalized, _per_head(stats.max_logit[None])[0].amax(-1), logit_norm, bound)
 
 
 def visible_keys(L: int, S: int, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -64,19 +80,20 @@ def visible_keys(L: int, S: int, attn_mask: Tensor | None = None, is_causal: boo
         return torch.arange(1, L + 1).clamp(max=S)
     if attn_mask is None:
         return torch.tensor([S])
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > _HIDDEN
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > HIDDEN
     return seen.expand(*seen.shape[:-1], S).sum(-1)
 
 
 def _per_head(numbers: Tensor) -> Tensor:
-    """(B..., H, L) as (H, everything else)."""
-    return numbers.movedim(-2, 0).flatten(1) if numbers.ndim >= 3 else numbers.reshape(1, -1)
+    """(some, B..., H, L) as (some, H, everything else)."""
+    if numbers.ndim < 4:
+        return numbers.reshape(len(numbers), 1, -1)
+    return numbers.movedim(-2, 1).flatten(2)
 
 
 def merge(calls: list[HeadStats]) -> HeadStats:
-    """One `HeadStats` for several calls: entropies are averaged, each call with the same weight; logits are maxed."""
-    return HeadStats(
-        entropy=torch.stack([call.entropy for call in calls]).mean(0),
-        normalized=torch.stack([call.normalized for call in calls]).mean(0),
-        max_logit=torch.stack([call.max_logit for call in calls]).amax(0),
-    )
+    """One `HeadStats` for several calls: means are averaged, each call with the same weight; logits are maxed."""
+    if len(calls) == 1:
+        return calls[0]
+    mean = HeadStats(*(torch.stack(numbers).mean(0) for numbers in zip(*calls, strict=True)))
+    return mean._replace(max_logit=torch.stack([call.max_logit for call in calls]).amax(0))

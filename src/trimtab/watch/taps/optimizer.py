@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from trimtab.watch.signals import gradient_norm
+from trimtab.watch.signals.gradients import gradient_norm
+from trimtab.watch.signals.norms import is_sharded, norms
 
 
 class OptimizerReading(NamedTuple):
@@ -17,50 +19,111 @@ class OptimizerReading(NamedTuple):
     Attributes:
         lr: learning rate of each parameter group.
         grad_norm: L2 norm of the gradients as the optimisers got them, so after any clipping; None without any.
+        update_ratio: ``|W_after - W_before| / |W_before|`` of each weight (a parameter of two or more dimensions) by
+            dotted name; weights that were zero before the step have none.
     """
 
     lr: list[float]
     grad_norm: float | None
+    update_ratio: dict[str, float]
 
 
 class OptimizerTap:
-    """Sees every optimiser in the process that holds parameters of the model, from its making until `close`."""
+    """Sees every optimiser in the process that holds parameters of the model, from its making until `close`.
+
+    During a step that is wanted it keeps a copy of the weights. Of sharded weights norms are sums over processes: a
+    step that is wanted must be wanted on every process.
+    """
 
     def __init__(self, model: nn.Module, wanted: Callable[[], bool]) -> None:
         self._model, self._wanted = model, wanted
         # By the parameters held: of an optimiser wrapped in another, and of several steps, the last is kept.
-        self._seen: dict[tuple[int, ...], OptimizerReading] = {}
-        # Before the step, as some optimisers write into the gradients; after it, where a closure computes them.
+        self._seen: dict[tuple[int, ...], tuple[list[float], float | None]] = {}
+        self._ratios: dict[str, float] = {}
+        self._before: dict[Optimizer, _Copies] = {}  # during a step
         self._hooks = [
-            register_optimizer_step_pre_hook(lambda *call: None if _has_closure(*call) else self._step(call[0])),
-            register_optimizer_step_post_hook(lambda *call: self._step(call[0]) if _has_closure(*call) else None),
+            register_optimizer_step_pre_hook(self._enter),
+            register_optimizer_step_post_hook(self._leave),
         ]
 
     def take(self) -> OptimizerReading | None:
         """What was seen since the last time; None when no optimiser of the model took a step."""
         seen, self._seen = list(self._seen.values()), {}
+        ratios, self._ratios = self._ratios, {}
+        self._before = {}  # of a step that an error ended
         if not seen:
             return None
-        norms = [reading.grad_norm for reading in seen if reading.grad_norm is not None]
-        lr = [value for reading in seen for value in reading.lr]
-        return OptimizerReading(lr, math.hypot(*norms) if norms else None)
+        grad_norms = [norm for _, norm in seen if norm is not None]
+        lr = [value for values, _ in seen for value in values]
+        return OptimizerReading(lr, math.hypot(*grad_norms) if grad_norms else None, ratios)
 
     def close(self) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+        self._before = {}
 
-    def _step(self, optimizer: Optimizer) -> None:
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not self._wanted():
             return
-        own = {id(parameter) for parameter in self._model.parameters()}
-        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
-        if held:
-            lr = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-            self._seen[tuple(map(id, held))] = OptimizerReading(lr, _unscaled(gradient_norm(held), optimizer))
+        held = self._held(optimizer)
+        if not held:
+            return
+        # Before the step, as some optimisers write into the gradients; after it, where a closure computes them.
+        if not _has_closure(args, kwargs):
+            self._note(optimizer, held)
+        # Of an optimiser wrapped in another the outer one makes the whole update.
+        outer = {name for copies in self._before.values() for name in copies}
+        weights = {name: p.detach() for name, p in held.items() if _is_weight(p) and name not in outer}
+        try:
+            self._before[optimizer] = {name: (weight, weight.clone()) for name, weight in weights.items()}
+        except Exception:  # no memory for copies, say: training needs all there is
+            self._before[optimizer] = {}
+
+    def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        copies = self._before.pop(optimizer, None)
+        if copies is not None:
+            with suppress(Exception):  # whatever it is, training goes on; this step has none
+                self._ratios |= _update_ratios(copies)
+            if _has_closure(args, kwargs):
+                self._note(optimizer, self._held(optimizer))
+
+    def _held(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The model's parameters that an optimiser holds, by name, in the optimiser's order."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        return {names[id(p)]: p for p in held if id(p) in names}
+
+    def _note(self, optimizer: Optimizer, held: dict[str, nn.Parameter]) -> None:
+        lr = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        norm = None
+        with suppress(Exception):
+            norm = _unscaled(gradient_norm(held.values()), optimizer)
+        self._seen[tuple(map(id, held.values()))] = lr, norm
 
 
-def _has_closure(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+_Copies = dict[str, tuple[Tensor, Tensor]]
+"""Live weights and copies of them before a step, by name."""
+
+
+@torch.no_grad()
+def _update_ratios(copies: _Copies) -> dict[str, float]:
+    """Relative updates of weights; the copies are used up."""
+    after, before = [live for live, _ in copies.values()], [copy for _, copy in copies.values()]
+    sizes = norms(before).tolist()
+    for sharded in (False, True):  # torch takes no lists of both kinds
+        pairs = [pair for pair in zip(before, after, strict=True) if is_sharded(pair[0]) == sharded]
+        if pairs:
+            torch._foreach_sub_(*map(list, zip(*pairs, strict=True)))
+    changes = norms(before).tolist()
+    return {name: change / size for name, change, size in zip(copies, changes, sizes, strict=True) if size != 0}
+
+
+def _is_weight(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and parameter.is_floating_point() and not parameter.is_meta
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return kwargs.get("closure") is not None or any(callable(arg) for arg in args)
 
 
