@@ -1,4 +1,4 @@
-"""The command line: `trimtab demo`, `trimtab train NAME`, `trimtab --version`.
+"""The command line: `trimtab demo`, `train NAME`, `watch FOLDER`, `inspect FILE`, `--version`.
 
 Heavy imports wait until a command needs them. An error that a user can act on is one line on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them. An error that a user can act on i
 import difflib
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ Keeps Transformer training stable: watch instability coming, steady it, compare 
 commands:
   demo                the whole story in about a minute, on real images, offline
   train NAME ...      train one recipe, watched; without NAME: the list of recipes
+  watch FOLDER        a run in the terminal, live while it goes on
+  inspect FILE        spectral norms, stable ranks, q/k energy, TEV of any checkpoint, layer by layer
 
   trimtab COMMAND --help tells a command's options, trimtab --version the version."""
 
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").split(".")[0] not in _LAB:
             raise
         return _fail(f"this command needs {error.name}: pip install 'trimtab[lab]'")
+    except BrokenPipeError:  # `trimtab inspect ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it when it ends
+        return 0
     except (TrimtabError, OSError) as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -76,7 +82,15 @@ def _run(words: list[str]) -> int:
         return _demo(rest)
     if command == "train":
         return _train(rest)
-    raise RecipeError(_unknown("command", command, ["demo", "train"]))
+    if command == "watch":
+        from trimtab.report.terminal import watch_command
+
+        return watch_command(rest)
+    if command == "inspect":
+        from trimtab.inspect.command import inspect_command
+
+        return inspect_command(rest)
+    raise RecipeError(_unknown("command", command, ["demo", "train", "watch", "inspect"]))
 
 
 def _demo(words: list[str]) -> int:

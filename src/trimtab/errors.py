@@ -9,6 +9,10 @@ class ConversionError(TrimtabError, ValueError):
     """A model cannot be converted or folded as asked; it has been left exactly as it was."""
 
 
+class CheckpointError(TrimtabError, ValueError):
+    """A checkpoint is missing, damaged, of an unknown kind, of another model, or holds more than tensors."""
+
+
 class DataError(TrimtabError):
     """A data set is missing, unknown or damaged."""
 

@@ -5,9 +5,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import CheckpointError, TrimtabError
 from trimtab.reparam import reparametrize_
-from trimtab.train import CheckpointError, load_checkpoint, save_checkpoint
+from trimtab.train import load_checkpoint, save_checkpoint
 
 
 def model(seed: int, width: int = 5) -> nn.Module:

@@ -1,10 +1,9 @@
 """The training loop and its checkpoints."""
 
-from trimtab.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from trimtab.train.checkpoint import load_checkpoint, save_checkpoint
 from trimtab.train.loop import Progress, Result, build_model, train
 
 __all__ = [
-    "CheckpointError",
     "Progress",
     "Result",
     "build_model",

@@ -10,13 +10,9 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import CheckpointError
 
 FORMAT = "trimtab.1"
-
-
-class CheckpointError(TrimtabError):
-    """A checkpoint is missing, damaged, or belongs to another model."""
 
 
 def save_checkpoint(path: str | Path, model: nn.Module, step: int) -> None:
