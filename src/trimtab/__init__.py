@@ -1,7 +1,15 @@
 """Trimtab keeps Transformer training stable: watch instability coming, steady it, compare the cures."""
 
-from trimtab.attention import AttentionStats, attention_entropy, attention_stats, entropy_lower_bound
-from trimtab.errors import ConversionError, DataError, RecipeError, RunFolderError, TrimtabError
+from trimtab.attention import (
+    AttentionStats,
+    SampledEntropy,
+    attention_entropy,
+    attention_entropy_sampled,
+    attention_stats,
+    attention_stats_varlen,
+    entropy_lower_bound,
+)
+from trimtab.errors import CheckpointError, ConversionError, DataError, RecipeError, RunFolderError, TrimtabError
 from trimtab.reparam import (
     SigmaReparam,
     describe,
@@ -13,30 +21,48 @@ from trimtab.reparam import (
     save_pretrained,
     sigma_error,
 )
-from trimtab.watch import Alarm, Watch
+from trimtab.watch import Alarm, Thresholds, Watch, observe
+from trimtab.watch.signals import (
+    Sharpness,
+    qk_energy,
+    sharpness,
+    stable_rank,
+    token_embedding_variability,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Alarm",
     "AttentionStats",
+    "CheckpointError",
     "ConversionError",
     "DataError",
     "RecipeError",
     "RunFolderError",
+    "SampledEntropy",
+    "Sharpness",
     "SigmaReparam",
+    "Thresholds",
     "TrimtabError",
     "Watch",
     "__version__",
     "attention_entropy",
+    "attention_entropy_sampled",
     "attention_stats",
+    "attention_stats_varlen",
     "describe",
     "effective_weight",
     "entropy_lower_bound",
     "fold_",
+    "observe",
+    "qk_energy",
     "refresh_",
     "remove_norms_",
     "reparametrize_",
     "save_pretrained",
+    "sharpness",
     "sigma_error",
+    "stable_rank",
+    "token_embedding_variability",
 ]

@@ -83,6 +83,8 @@ def leaves_nothing() -> Callable[[nn.Module], None]:
     from torch.optim import optimizer as optimizers
     from torch.overrides import _get_current_function_mode_stack
 
+    from trimtab.watch.taps import patches
+
     def check(model: nn.Module) -> None:
         assert not model._forward_hooks
         assert not model._forward_pre_hooks
@@ -90,5 +92,7 @@ def leaves_nothing() -> Callable[[nn.Module], None]:
         assert not modules._global_forward_pre_hooks
         assert not optimizers._global_optimizer_pre_hooks
         assert not _get_current_function_mode_stack()
+        assert not patches._open
+        assert not patches._replaced
 
     return check

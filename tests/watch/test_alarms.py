@@ -188,13 +188,20 @@ def test_dead_heads_many_for_some_time_or_one_for_long() -> None:
     [
         ({"loss": math.nan}, {}, "loss"),
         ({"loss": "inf"}, {}, "loss"),  # as a run log holds it
-        ({"loss": 1.0, "grad_norm": math.inf}, {}, "grad_norm"),
         ({"loss": 1.0}, heads([math.nan, 0.5], [math.nan, 5.0]), "logits of attention head 0"),
         ({"loss": 1.0, "sigma": {"w": [1.0, math.nan]}}, {}, "w"),
     ],
 )
 def test_non_finite_at_once_and_once(line: dict[str, Any], readings: dict[Head, Reading], where: str) -> None:
     assert summary(raised([(line, readings)] * 5)) == [("non-finite", 10, 10, where)]
+
+
+def test_gradients_alone_must_stay_so_as_a_grad_scaler_skips_a_step_now_and_then() -> None:
+    calm, skipped = ({"loss": 1.0, "grad_norm": 1.0}, {}), ({"loss": 1.0, "grad_norm": math.inf}, {})
+    assert raised([calm, skipped, calm, skipped, calm]) == []
+    assert summary(raised([calm, skipped, skipped, skipped])) == [("non-finite", 30, 20, "grad_norm")]
+    broken = ({"loss": 1.0, "grad_norm": math.nan, "sigma": {"w": [math.nan]}}, {})
+    assert summary(raised([calm, broken]))[0][:3] == ("non-finite", 20, 20)
 
 
 def test_what_is_no_fault() -> None:

@@ -13,7 +13,13 @@ import trimtab
 from trimtab.errors import RunFolderError
 from trimtab.watch import Watch, runlog
 
-ARRAYS = ("heads_entropy.f32", "heads_entropy_normalized.f32", "heads_max_logit.f32")
+ARRAYS = (
+    "heads_entropy.f32",
+    "heads_entropy_normalized.f32",
+    "heads_max_logit.f32",
+    "heads_logit_norm.f32",
+    "heads_entropy_bound.f32",
+)
 
 
 def test_run_json_says_what_ran_where(tiny, tmp_path) -> None:

@@ -94,7 +94,7 @@ def test_eval_is_not_counted(tmp_path) -> None:
 
 def test_a_step_that_is_not_logged_is_not_looked_at(tmp_path, monkeypatch) -> None:
     model, looked = Calls(), []
-    monkeypatch.setattr("trimtab.watch.taps.attention.head_stats", lambda *_, **__: looked.append(1) or 1 / 0)
+    monkeypatch.setattr("trimtab.watch.taps.sdpa.head_stats", lambda *_, **__: looked.append(1) or 1 / 0)
     monkeypatch.setattr("trimtab.watch.taps.optimizer.gradient_norm", lambda _: looked.append(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Watch(model, tmp_path, every=10) as watch:
@@ -191,25 +191,23 @@ def test_torch_encoder_layers_are_seen(tmp_path, caplog) -> None:
     assert not caplog.records
 
 
-def test_attention_that_returns_its_weights_is_listed_as_unseen(tmp_path, caplog) -> None:
+def test_attention_that_returns_its_weights_is_seen_too(tmp_path, caplog) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.seen = nn.MultiheadAttention(8, 2)
-            self.hidden = nn.MultiheadAttention(8, 2)
+            self.without = nn.MultiheadAttention(8, 2)
+            self.with_weights = reparametrize_(nn.MultiheadAttention(8, 2))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.hidden(self.seen(x, x, x, need_weights=False)[0], x, x)[0]
+            return self.with_weights(self.without(x, x, x, need_weights=False)[0], x, x)[0]
 
     model = Both()
     with Watch(model, tmp_path, every=1) as watch:
         model(torch.randn(5, 3, 8))
         watch.step(1.0)
-    assert heads_of(tmp_path) == ["seen 0", "seen 1"]
-    assert list(watch.unseen) == ["hidden"]
-    (record,) = caplog.records
-    assert "hidden: " in record.message
-    assert "need_weights=False" in record.message
+    assert heads_of(tmp_path) == ["without 0", "without 1", "with_weights 0", "with_weights 1"]
+    assert watch.coverage().unseen == {}
+    assert not caplog.records
 
 
 def test_attention_that_cannot_be_read_stops_nothing(tmp_path, caplog) -> None:
@@ -223,26 +221,9 @@ def test_attention_that_cannot_be_read_stops_nothing(tmp_path, caplog) -> None:
     with Watch(model, tmp_path, every=1) as watch:
         model(torch.randn(2, 2, 5, 8))
         watch.step(1.0)
-    assert list(watch.unseen) == ["(root)"]
+    assert list(watch.coverage().unseen) == ["(root)"]
     assert "max_logit" not in watch.last
     assert len(caplog.records) == 1
-
-
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # torch.compile's own
-def test_compiled_models_are_listed_as_unseen_and_not_disturbed(tmp_path) -> None:
-    model = Calls()
-    model.seen = None
-    model.attend = lambda x: F.scaled_dot_product_attention(*[model.linear(x)[:, None]] * 3)[:, 0]
-    compiled = torch.compile(model, backend="eager")
-    x = torch.randn(2, 6, 4)
-    expected = model(x)
-    for name, watched in (("outer", compiled), ("inner", model)):
-        with Watch(watched, tmp_path / name, every=1) as watch:
-            assert torch.equal(compiled(x), expected)
-            watch.step(1.0)
-        assert "max_logit" not in watch.last
-        assert list(watch.unseen) == (["(root)"] if name == "outer" else [])
-    torch._dynamo.reset()
 
 
 def test_under_autocast_the_logits_are_those_of_the_model(tmp_path) -> None:
@@ -326,12 +307,3 @@ def test_gradients_that_a_closure_computes_are_those_of_this_step(tmp_path, kind
             watch.step(optimizer.step(closure))
             expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
             assert watch.last["grad_norm"] == pytest.approx(expected)
-
-
-def test_converted_attention_that_returns_its_weights_is_listed_too(tmp_path) -> None:
-    model = reparametrize_(nn.Sequential(nn.MultiheadAttention(8, 2)))
-    model.forward = lambda x: model[0](x, x, x)[0]
-    with Watch(model, tmp_path, every=1) as watch:
-        model(torch.randn(5, 3, 8))
-        watch.step(1.0)
-    assert watch.unseen == {"0": "it returns its weights; call it with need_weights=False"}

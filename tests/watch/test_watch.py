@@ -15,7 +15,7 @@ from torch import nn
 from trimtab.attention import attention_stats_reference
 from trimtab.errors import RunFolderError
 from trimtab.reparam import SigmaReparam, reparametrize_
-from trimtab.watch import Alarm, Watch
+from trimtab.watch import Alarm, Thresholds, Watch
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -114,9 +114,10 @@ def test_entropies_and_logits_are_those_of_each_head(tiny, train, tmp_path) -> N
     assert watch.last["max_logit"] == pytest.approx(expected.max().item(), abs=1e-5)
 
 
-def test_sigma_of_plain_weights_is_that_after_the_step(tiny, train, tmp_path) -> None:
+@pytest.mark.parametrize("slow_every", [2, 4])
+def test_sigma_of_plain_weights_is_that_after_the_step(tiny, train, tmp_path, slow_every) -> None:
     model = tiny()
-    with Watch(model, tmp_path, every=2) as watch:
+    with Watch(model, tmp_path, every=2, slow_every=slow_every) as watch:
         train(model, torch.optim.SGD(model.parameters(), lr=0.5), 2, watch.step)
     assert set(watch.last["sigma"]) == {
         "head.weight",
@@ -125,7 +126,8 @@ def test_sigma_of_plain_weights_is_that_after_the_step(tiny, train, tmp_path) ->
     }
     for name, (sigma,) in watch.last["sigma"].items():
         exact = torch.linalg.matrix_norm(model.get_parameter(name), 2).item()
-        assert sigma == pytest.approx(exact, rel=1e-5)
+        # Exact on the slow cadence; between its steps a lower bound, followed until it rises by less than a thousandth.
+        assert exact * (1 - (1e-5 if slow_every == 2 else 1e-3)) <= sigma <= exact * (1 + 1e-6)
 
 
 def test_sigma_and_gamma_of_converted_weights(tiny, train, tmp_path) -> None:
@@ -201,18 +203,18 @@ def test_collapsed_heads_raise_an_alarm(tiny, train, tmp_path, caplog) -> None:
         model.attentions[1].qkv.weight.mul_(1000)
     with Watch(model, tmp_path, every=1) as watch:
         train(model, torch.optim.SGD(model.parameters(), lr=1e-6), 4, watch.step)
-    heads = ["attentions.1 head 0", "attentions.1 head 1"]
-    assert [(alarm.step, alarm.where) for alarm in watch.alarms] == [(2, head) for head in heads]
+    assert {alarm.kind for alarm in watch.alarms} == {"entropy collapse", "logit growth"}
+    assert [(alarm.step, alarm.since) for alarm in watch.alarms] == [(2, 1)] * 2
+    assert all(alarm.where.startswith("attentions.1 head ") for alarm in watch.alarms)
     assert [record.message for record in caplog.records] == [alarm.message for alarm in watch.alarms]
-    assert all(alarm.value < 0.03 for alarm in watch.alarms)
-    in_log = [[alarm["where"] for alarm in line["alarms"]] for line in lines_of(tmp_path)]
-    assert in_log == [[], heads, [], []]
+    in_log = [[alarm["kind"] for alarm in line["alarms"]] for line in lines_of(tmp_path)]
+    assert in_log == [[], [alarm.kind for alarm in watch.alarms], [], []]
     assert lines_of(tmp_path)[1]["alarms"][0]["message"] == watch.alarms[0].message
 
 
 def test_on_alarm_takes_the_place_of_logging(tiny, train, tmp_path, caplog) -> None:
     model, seen = tiny(), list[Alarm]()
-    with Watch(model, tmp_path, every=1, collapse_threshold=0.999, on_alarm=seen.append) as watch:
+    with Watch(model, tmp_path, every=1, thresholds=Thresholds(max_logit=1e-9), on_alarm=seen.append) as watch:
         train(model, torch.optim.SGD(model.parameters(), lr=1e-6), 2, watch.step)
     assert seen == watch.alarms != []
     assert not caplog.records
@@ -297,8 +299,9 @@ def test_a_model_without_attention_is_told_once_and_logged_on(tmp_path, caplog) 
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "no attention was seen" in record.message
-    assert "scaled_dot_product_attention" in record.message
-    assert [sorted(line) for line in lines_of(tmp_path)] == [["alarms", "loss", "sigma", "step", "time"]] * 3
+    assert "watch.attention(query, key)" in record.message
+    names = ["alarms", "loss", "output_z", "sigma", "stable_rank", "step", "time"]
+    assert [sorted(line) for line in lines_of(tmp_path)] == [names] * 3
     assert not (tmp_path / "heads.json").exists()
 
 
@@ -309,7 +312,9 @@ def test_a_model_without_attention_is_told_once_and_logged_on(tmp_path, caplog) 
         ({"every": 0}, ValueError, "every >= 1"),
         ({"every": 2.5}, TypeError, "whole number of steps"),
         ({"every": True}, TypeError, "whole number of steps"),
-        ({"collapse_threshold": 1.0}, ValueError, "collapse_threshold < 1"),
+        ({"slow_every": 30}, ValueError, "multiple of every=20, got 30"),
+        ({"thresholds": 0.03}, TypeError, "tt.Thresholds, got float"),
+        ({"sinks": [print]}, TypeError, "methods write and close, got builtin"),
         ({"run": {"seed": object()}}, TypeError, r"run\['seed'\]"),
         ({"run": {"format": 2}}, ValueError, "another name"),
     ],

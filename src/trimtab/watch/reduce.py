@@ -10,13 +10,21 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from trimtab.watch.alarms import Head, Reading
+from trimtab.watch.taps.gradients import MicroBatches
 
 
 class Sight(NamedTuple):
-    """What one process saw of a step: entries of the log line, and the readings of its heads."""
+    """What was seen of a step by one process, or by several.
+
+    Attributes:
+        line: entries of the log line.
+        readings: of each head.
+        micro_batches: of each process that could tell its micro-batches' gradients apart.
+    """
 
     line: dict[str, Any]
     readings: dict[Head, Reading]
+    micro_batches: Sequence[MicroBatches] = ()
 
 
 class Ranks:
@@ -68,15 +76,15 @@ def combine(sights: Sequence[Sight]) -> Sight:
     readings = {
         head: _combine_readings([sight.readings[head] for sight in sights if head in sight.readings]) for head in heads
     }
-    return Sight(_combine_entries([sight.line for sight in sights]), readings)
+    micro_batches = [each for sight in sights for each in sight.micro_batches]
+    return Sight(_combine_entries([sight.line for sight in sights]), readings, micro_batches)
 
 
 def _combine_readings(readings: Sequence[Reading]) -> Reading:
     """NaN is a broken head where its logits are NaN too; else a head that had no choice in that process's batch."""
     broken = any(math.isnan(reading.max_logit) for reading in readings)
     means = [
-        _mean([value for value in values if broken or not math.isnan(value)])
-        for values in zip(*readings, strict=True)
+        _mean([value for value in values if broken or not math.isnan(value)]) for values in zip(*readings, strict=True)
     ]
     largest = math.nan if broken else max(reading.max_logit for reading in readings)
     return Reading(*means)._replace(max_logit=largest)

@@ -3,22 +3,25 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
-from trimtab.reparam import sigma_error, sigma_gamma
-from trimtab.watch.alarms import Alarm, CollapseAlarm, Head, Reading
+from trimtab.watch.alarms import Alarm, Alarms, Head, Reading, Thresholds
+from trimtab.watch.coverage import Coverage
+from trimtab.watch.instruments import Instruments
+from trimtab.watch.reduce import Ranks, Sight
 from trimtab.watch.runlog import RunLog, refuse_used, run_info
-from trimtab.watch.signals import HeadStats, plain_sigmas
-from trimtab.watch.taps import AttentionTap, OptimizerTap
+from trimtab.watch.signals import GradientNoise, Sharpness, averaged, sharpness
+from trimtab.watch.taps.gradients import noise_of
 
 logger = logging.getLogger("trimtab")
 
@@ -26,9 +29,25 @@ _watched: WeakSet[nn.Module] = WeakSet()
 
 # What a line of the log holds by itself, in its order; metrics take other names and follow.
 _OWN_NAMES = (
-    *("step", "loss", "lr", "grad_norm", "entropy_min", "entropy_mean", "max_logit"),
-    *("sigma", "gamma", "sigma_error", "alarms", "time"),
+    *("step", "loss", "lr", "grad_norm"),
+    *("entropy_min", "entropy_mean", "entropy_bound", "max_logit", "logit_norm"),
+    *("sigma", "gamma", "stable_rank", "update_ratio", "tev", "activation_rms", "output_z"),
+    *("sigma_error", "qk_energy", "grad_noise", "sharpness"),
+    *("alarms", "time"),
 )
+
+# The slow signals cost some passes over the model: not oftener than this by default.
+_SLOW_STEPS = 200
+
+
+class Sink(Protocol):
+    """Somewhere else for the log to go: each logged line, with its alarms, and the heads it was made from."""
+
+    def write(self, line: Mapping[str, Any], readings: Mapping[Head, Reading]) -> None:
+        """Take in one logged step."""
+
+    def close(self) -> None:
+        """The run is over."""
 
 
 class Watch:
@@ -39,30 +58,33 @@ class Watch:
                 ...                             # forward, backward, optimizer.step()
                 watch.step(loss)
 
-    Step n (counted from 1) is logged when it is the first or a multiple of `every`. Logged are loss, learning
-    rate, gradient norm, attention entropy and largest logit of every head, and the spectral norm sigma of every
-    weight (where it is converted: the sigma in use, gamma, and the error ``true sigma / sigma in use - 1``).
-    Training is not changed: the weights end bit-identical to those of an unwatched run, and steps that are not
-    logged cost next to nothing.
+    Step n (counted from 1) is logged when it is the first or a multiple of `every`; docs/signals.md tells what is
+    logged, docs/coverage.md whose attention is seen, `coverage()` what was seen of this model. Training is not
+    changed: the weights end bit-identical to those of an unwatched run, and steps that are not logged cost next to
+    nothing. Several forwards before one `step` (gradient accumulation) are averaged.
 
-    What is seen: attention that goes through `scaled_dot_product_attention` in forwards of `model` itself, in
-    training mode and eager; optimisers that derive from `torch.optim.Optimizer`. The rest is absent from the log,
-    and the first logged step says so. Several forwards before one `step` (gradient accumulation) are averaged.
-    Watches one process; with several, give each a folder of its own.
+    With several processes each of them makes a Watch, with the same arguments, and calls `step`: what they saw is
+    averaged (largest logits are maxed), the first of them writes, and all of them raise the same alarms.
 
     Args:
         model: any model.
         folder: where the run is written: a new folder, or one without a run in it.
         every: steps from one logged step to the next.
+        slow_every: the same for signals that cost more (sigma_error, qk_energy, grad_noise, an exact sigma): a
+            multiple of `every`; by default the first one that is at least 200 and at least ten times `every`.
         run: facts for run.json: recipe, seeds and the like; plain values.
-        collapse_threshold: normalised entropy (0 to 1) below which a head raises the alarm "entropy collapse"
-            when it stays there for two logged steps; 0 switches the alarm off.
-        on_alarm: called with each `Alarm`; by default its message is logged as a warning of logger "trimtab".
+        thresholds: when alarms are raised.
+        on_alarm: called with each `Alarm`, on every process; by default its message is logged as a warning of
+            logger "trimtab", on the first.
+        sinks: where else the log goes (TensorBoard, Weights & Biases ...), closed when the watch ends. One that raises
+            gets nothing more.
+        process_group: of torch.distributed, the processes that watch together; the default group by default. Under
+            tensor or pipeline parallelism, where the same head number is another head elsewhere, pass the group of
+            data parallelism, and give each of these groups a folder of its own.
 
     Attributes:
         alarms: every `Alarm` so far, oldest first.
         last: the last logged line, with numbers as floats; empty before the first.
-        unseen: why the attention of a module, by dotted name, could not be seen; empty when all was well.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -76,30 +98,43 @@ class Watch:
         folder: str | Path,
         every: int = 20,
         *,
+        slow_every: int | None = None,
         run: Mapping[str, Any] | None = None,
-        collapse_threshold: float = 0.03,
+        thresholds: Thresholds | None = None,
         on_alarm: Callable[[Alarm], object] | None = None,
+        sinks: Sequence[Sink] = (),
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise TypeError(f"expected every to be a whole number of steps, got {every!r}")
-        if every < 1:
-            raise ValueError(f"expected every >= 1 (steps from one logged step to the next), got {every}")
-        if not 0 <= collapse_threshold < 1:
-            raise ValueError(f"expected 0 <= collapse_threshold < 1, got {collapse_threshold}")
+        _check_cadence("every", every)
+        if slow_every is None:
+            slow_every = every * max(10, math.ceil(_SLOW_STEPS / every))
+        _check_cadence("slow_every", slow_every)
+        if slow_every % every:
+            raise ValueError(f"expected slow_every to be a multiple of every={every}, got {slow_every}")
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise TypeError(f"expected thresholds to be a tt.Thresholds, got {type(thresholds).__name__}")
+        for sink in sinks:
+            if not callable(getattr(sink, "write", None)) or not callable(getattr(sink, "close", None)):
+                raise TypeError(f"expected a sink to have the methods write and close, got {type(sink).__name__}")
         self.alarms: list[Alarm] = []
         self.last: dict[str, Any] = {}
-        self.unseen: dict[str, str] = {}
-        self._model, self._folder, self._every = model, Path(folder), every
-        self._run, self._on_alarm = run, on_alarm
-        self._collapse = CollapseAlarm(collapse_threshold)
+        self._model, self._folder, self._every, self._slow_every = model, Path(folder), every, slow_every
+        self._run, self._on_alarm, self._group = run, on_alarm, process_group
+        self._sinks = list(sinks)
+        self._decide = Alarms(thresholds)
         self._steps = 0
-        self._starts: dict[str, Tensor] = {}
+        self._noise: GradientNoise | None = None
+        self._sharpness: Sharpness | None = None
         self._open = ExitStack()
-        self._log: RunLog | None = None  # there while the watch is open
-        run_info(every, run)  # refuses what cannot be written
-        refuse_used(self._folder)
+        self._instruments: Instruments | None = None  # there from entering on
+        self._log: RunLog | None = None  # there while the watch is open, in the process that writes
+        self._is_open = False
+        self._measuring = False  # forwards of our own are none of training's
+        self._info()  # refuses what cannot be written
+        if Ranks(process_group).size == 1:  # of several, one may have begun to write already
+            refuse_used(self._folder)
 
     @property
     def next_step_is_logged(self) -> bool:
@@ -109,20 +144,24 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._model in _watched:
             raise ValueError("this model is being watched already: leave the other Watch before entering this one")
-        self._log = RunLog(self._folder, run_info(self._every, self._run))
-        self._open.callback(self._log.close)
-        self._attention = AttentionTap(self._model, lambda: self.next_step_is_logged)
-        self._open.callback(self._attention.close)
-        self._optimizer = OptimizerTap(self._model, lambda: self.next_step_is_logged)
-        self._open.callback(self._optimizer.close)
+        self._ranks = Ranks(self._group)
+        self._ranks.first_does(self._open_log)
+        self._instruments = Instruments(
+            self._model,
+            lambda: self.next_step_is_logged and not self._measuring,
+            lambda: self._next_step_is_slow and not self._measuring,
+        )
+        self._open.callback(self._instruments.close)
         _watched.add(self._model)
         self._open.callback(_watched.discard, self._model)
         self._began = time.perf_counter()
+        self._is_open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_open = False
         self._log = None
         self._open.close()
 
@@ -139,52 +178,106 @@ class Watch:
             ValueError: a loss of several elements, metrics on a step that is not logged, or a metric with the name
                 of a quantity that Watch logs itself.
         """
-        if self._log is None:
+        instruments = self._instruments
+        if instruments is None or not self._is_open:
             raise RuntimeError("watch.step was called outside its with block: use `with tt.Watch(...) as watch:`")
         self._check(loss, metrics)
-        logged = self.next_step_is_logged
-        if logged:
-            readings = _readings(self._attention.take())
-            self.unseen = dict(self._attention.unseen)
-            line = self._line(_number(loss), readings)
-            alarms = self._collapse.check(line["step"], line["loss"], readings)
-            line["alarms"] = [asdict(alarm) for alarm in alarms]
-            line["time"] = time.perf_counter() - self._began
-            line.update((name, _number(value)) for name, value in metrics.items())
-            if self._steps == 0:
-                self._note_what_is_unseen(bool(readings))
+        if not self.next_step_is_logged:
+            self._steps += 1
+            return
+        seen = instruments.take(self._next_step_is_slow)
+        numbers: dict[str, Any] = {name: _number(value) for name, value in metrics.items()}
+        if self._sharpness is not None:
+            numbers["sharpness"] = _without_none(self._sharpness._asdict())
+            self._sharpness = None
+        seen.line.update(numbers, loss=_number(loss))
+        sight = self._ranks.together(seen)
+        if self._steps == 0 and self._ranks.first:
+            self._note_what_is_unseen(bool(sight.readings))
+        line = self._line(sight)
+        alarms = self._decide.check(line["step"], line, sight.readings)
+        line |= {"alarms": [asdict(alarm) for alarm in alarms], "time": time.perf_counter() - self._began}
+        line |= {name: sight.line[name] for name in sight.line if name not in _OWN_NAMES}
         self._steps += 1
-        if logged:
-            self._log.write(line, readings)
-            self.last = line
-            self.alarms += alarms
-            for alarm in alarms:
-                self._raise(alarm)
+        if self._log is not None:
+            self._log.write(line, sight.readings)
+            self._write_to_sinks(line, sight.readings)
+        self.last = line
+        self.alarms += alarms
+        for alarm in alarms:
+            self._raise(alarm)
 
-    def _line(self, loss: float, readings: Mapping[Head, Reading]) -> dict[str, Any]:
-        """The line of this step; what was not seen is absent."""
-        line: dict[str, Any] = {"step": self._steps + 1, "loss": loss}
-        optimizer = self._optimizer.take()
-        if optimizer is not None:
-            line["lr"] = optimizer.lr
-            if optimizer.grad_norm is not None:
-                line["grad_norm"] = optimizer.grad_norm
-        if readings:
-            # Of heads without a number (no query has a choice, or NaN) there is no minimum; the logits show NaN.
-            normalized = [reading.normalized for reading in readings.values() if reading.normalized >= 0]
-            logits = [reading.max_logit for reading in readings.values()]
-            line["entropy_min"] = min(normalized, default=math.nan)
-            line["entropy_mean"] = sum(reading.entropy for reading in readings.values()) / len(readings)
-            line["max_logit"] = math.nan if any(map(math.isnan, logits)) else max(logits)
-        converted = sigma_gamma(self._model)
-        sigma = {name: sigmas.tolist() for name, (sigmas, _) in converted.items()}
-        sigma |= plain_sigmas(self._model, converted, self._starts)
-        if sigma:
-            line["sigma"] = sigma
-        if converted:
-            line["gamma"] = {name: gammas.tolist() for name, (_, gammas) in converted.items()}
-            line["sigma_error"] = {name: errors.tolist() for name, errors in sigma_error(self._model).items()}
-        return line
+    def attention(self, query: Tensor, key: Tensor, *, name: str | None = None, **options: Any) -> None:
+        """See attention that a model computes by hand; call it where the logits would be computed.
+
+        It costs a call unless the forward going on is one of those that will be logged.
+
+        Args:
+            query: (B..., H, L, D).
+            key: (B..., H, S, D).
+            name: under which its heads are reported; by default that of the module that is running.
+            options: masks and the like, as for `trimtab.attention_stats`.
+
+        Raises:
+            TypeError: something that should be a tensor is not.
+            ValueError: shapes or options that do not fit together.
+        """
+        if self._instruments is not None and self._is_open:
+            self._instruments.attention.record(query, key, name=name, **options)
+
+    def coverage(self) -> Coverage:
+        """What attention was seen so far, what was not, and why: ``print(watch.coverage())``.
+
+        Raises:
+            RuntimeError: the watch was never entered.
+        """
+        if self._instruments is None:
+            raise RuntimeError("nothing was seen yet: ask for coverage() inside or after the with block")
+        return self._instruments.attention.coverage()
+
+    def sharpness(
+        self, closure: Callable[[], Tensor], *, optimizer: Optimizer | None = None, **options: Any
+    ) -> Sharpness:
+        """Measure the sharpness of the loss now, and put it into the next logged line. Training is not changed.
+
+        Args:
+            closure: returns the loss of one batch, without calling backward.
+            optimizer: whose stability limits, and whose preconditioner, are wanted.
+            options: iterations, tolerance and seed of `trimtab.sharpness`.
+
+        Raises:
+            TypeError: the closure returns no tensor.
+            ValueError: as `trimtab.sharpness`.
+        """
+        self._measuring = True
+        try:
+            found = sharpness(closure, self._model.parameters(), optimizer=optimizer, model=self._model, **options)
+        finally:
+            self._measuring = False
+        self._sharpness = found
+        return found
+
+    @property
+    def _next_step_is_slow(self) -> bool:
+        return self._steps == 0 or (self._steps + 1) % self._slow_every == 0
+
+    def _info(self) -> dict[str, Any]:
+        return run_info(self._every, self._run)
+
+    def _open_log(self) -> None:
+        self._log = RunLog(self._folder, self._info())
+        self._open.callback(self._log.close)
+        self._open.callback(self._close_sinks)
+
+    def _line(self, sight: Sight) -> dict[str, Any]:
+        """The line of this step in its order, with the numbers that all heads make together."""
+        found: dict[str, Any] = {**sight.line, **_of_all_heads(sight.readings)}
+        noise = noise_of(sight.micro_batches)
+        if noise is not None:
+            self._noise = averaged(self._noise, noise)
+            found["grad_noise"] = {**self._noise._asdict(), "scale": self._noise.scale}
+        line = {"step": self._steps + 1}
+        return line | {name: found[name] for name in _OWN_NAMES if name in found}
 
     def _check(self, loss: object, metrics: Mapping[str, object]) -> None:
         _check_number("loss", loss)
@@ -199,30 +292,72 @@ class Watch:
             _check_number(name, value)
 
     def _note_what_is_unseen(self, attention_seen: bool) -> None:
-        if self.unseen:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.unseen.items())
-            logger.warning("some attention cannot be watched (%s)", reasons)
-        elif not attention_seen:
+        unseen = self.coverage().unseen
+        if not attention_seen:
             logger.warning(
-                "no attention was seen in the first step, so the log has none. Watch sees "
-                "torch.nn.functional.scaled_dot_product_attention inside calls of the watched model, eager and in "
-                "training mode: is it this model that is called, is model.train() on, is it not compiled?"
+                "no attention was seen in the first step, so the log has none: is it this model that is called, and "
+                "does it attend? Attention written by hand is seen through watch.attention(query, key)%s",
+                _reasons(unseen),
             )
+        elif unseen:
+            logger.warning("some attention is not watched%s", _reasons(unseen))
+
+    def _write_to_sinks(self, line: Mapping[str, Any], readings: Mapping[Head, Reading]) -> None:
+        for sink in list(self._sinks):
+            try:
+                sink.write(line, readings)
+            except Exception as error:
+                self._sinks.remove(sink)
+                self._close_sink(sink)
+                logger.warning(
+                    "%s gets nothing from step %s on: %s. Training goes on.", type(sink).__name__, line["step"], error
+                )
+
+    def _close_sinks(self) -> None:
+        for sink in self._sinks:
+            self._close_sink(sink)
+
+    def _close_sink(self, sink: Sink) -> None:
+        try:
+            sink.close()
+        except Exception as error:
+            logger.warning("%s could not be closed: %s", type(sink).__name__, error)
 
     def _raise(self, alarm: Alarm) -> None:
-        if self._on_alarm is None:
-            logger.warning(alarm.message)
-        else:
+        if self._on_alarm is not None:
             self._on_alarm(alarm)
+        elif self._ranks.first:
+            logger.warning(alarm.message)
 
 
-def _readings(stats: Mapping[str, HeadStats]) -> dict[Head, Reading]:
-    """One reading per head, in the order of the forward."""
+def _of_all_heads(readings: Mapping[Head, Reading]) -> dict[str, float]:
+    if not readings:
+        return {}
+    heads = list(readings.values())
+    # Of heads without a number (no query has a choice, or NaN) there is no minimum; the logits show NaN.
+    normalized = [head.normalized for head in heads if head.normalized >= 0]
     return {
-        Head(name, head): Reading(*numbers)
-        for name, heads in stats.items()
-        for head, numbers in enumerate(zip(*(values.tolist() for values in heads), strict=True))
+        "entropy_min": min(normalized, default=math.nan),
+        "entropy_mean": sum(head.entropy for head in heads) / len(heads),
+        "entropy_bound": sum(head.bound for head in heads) / len(heads),
+        "max_logit": max((head.max_logit for head in heads), key=lambda value: (math.isnan(value), value)),
+        "logit_norm": sum(head.logit_norm for head in heads) / len(heads),
     }
+
+
+def _reasons(unseen: Mapping[str, str]) -> str:
+    return f" ({'; '.join(f'{name}: {reason}' for name, reason in unseen.items())})" if unseen else ""
+
+
+def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _check_cadence(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected {name} to be a whole number of steps, got {value!r}")
+    if value < 1:
+        raise ValueError(f"expected {name} >= 1 (steps from one logged step to the next), got {value}")
 
 
 def _check_number(name: str, value: object) -> None:

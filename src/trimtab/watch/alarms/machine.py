@@ -88,7 +88,7 @@ class Alarms:
         span = max(self._first_loss - self._lowest, _FLAT * abs(self._first_loss))
         limits = self.thresholds
         return {
-            "non-finite": rules.non_finite(line, readings),
+            "non-finite": rules.non_finite(line, readings, limits),
             "divergence": rules.divergence(smooth, self._lowest, span, limits),
             "loss spike": rules.spike(loss, before, span, limits),
             "entropy collapse": rules.collapse(readings, limits),

@@ -97,12 +97,14 @@ def dead(readings: Readings, thresholds: Thresholds) -> Finding:
     return Finding(out, (many, (1, thresholds.dead_lines_one)), len(readings))
 
 
-def non_finite(line: Mapping[str, Any], readings: Readings) -> Finding:
+def non_finite(line: Mapping[str, Any], readings: Readings, thresholds: Thresholds) -> Finding:
     """NaN or inf in the loss, the gradients, the attention logits or the weights."""
     out = {name: float(line[name]) for name in ("loss", "grad_norm") if name in line and not _finite(line[name])}
     out |= {f"logits of {head}": r.max_logit for head, r in readings.items() if _is_broken(r)}
     out |= {name: sigma for name, sigma in effective_sigmas(line).items() if not math.isfinite(sigma)}
-    return Finding(out, total=len(out))
+    # Gradients alone may be those of a step that a GradScaler skips, as it does now and then: no harm is done.
+    lines = thresholds.lines if set(out) == {"grad_norm"} else 1
+    return Finding(out, ((1, lines),), len(out))
 
 
 def effective_sigmas(line: Mapping[str, Any]) -> dict[str, float]:
