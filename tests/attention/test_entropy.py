@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.attention import attention_entropy, attention_stats, attention_stats_reference
-from trimtab.attention import entropy as module
+from trimtab.attention import attention_entropy, attention_stats, attention_stats_reference, chunks
 
 EPS32 = torch.finfo(torch.float32).eps
 NATS = 1e-4  # what float32 sums of a few thousand exponentials are good for
@@ -35,6 +34,11 @@ def assert_close(measured: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error.numel() == 0 or error.max() <= tolerance
 
 
+def norm_tolerance(norms: Tensor) -> float:
+    """Ten roundings of the largest: a sum of a few squares, about a mean that is itself rounded."""
+    return 10 * EPS32 * norms.max().item() + 1e-30
+
+
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive", "holes"])
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 17), (4, 300), (3, 7, 64), (2, 2, 3, 9, 130)], ids=str)
@@ -47,13 +51,14 @@ def test_equals_the_definition_on_the_same_float32_logits(shape: tuple[int, ...]
         logits, attn_mask = logits + attn_mask.nan_to_num(neginf=0), attn_mask.isneginf() * -torch.inf
         attn_mask = attn_mask.nan_to_num(nan=0, neginf=-torch.inf)
     keys = torch.eye(shape[-1])  # query @ identity: the product is exact
-    measured = attention_entropy(logits, keys, attn_mask=attn_mask, scale=1.0)
+    measured = attention_stats(logits, keys, attn_mask=attn_mask, scale=1.0)
     expected = attention_stats_reference(logits, keys, attn_mask=attn_mask, scale=1.0)
-    assert_close(measured, expected.entropy, NATS)
-    assert (measured >= 0).all()
+    assert_close(measured.entropy, expected.entropy, NATS)
+    assert (measured.entropy >= 0).all()
+    assert_close(measured.logit_norm, expected.logit_norm, norm_tolerance(expected.logit_norm))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_equals_the_definition_on_any_logits(data: st.DataObject) -> None:
     """Hypothesis looks for rows with ties, near ties and huge gaps, and for chunk borders."""
@@ -62,21 +67,58 @@ def test_equals_the_definition_on_any_logits(data: st.DataObject) -> None:
     logits = torch.tensor(data.draw(st.lists(number, min_size=L * S, max_size=L * S)), dtype=torch.float32).view(
         1, L, S
     )
-    causal = data.draw(st.booleans())
-    seen = None if causal else torch.tensor(data.draw(st.lists(st.booleans(), min_size=S, max_size=S)))
-    mask = None if seen is None else seen.expand(L, S)
+    kind = data.draw(st.sampled_from(["none", "causal", "boolean", "-inf", "-1e9"]))
+    seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=S, max_size=S))).expand(L, S)
+    hidden = {"-inf": -math.inf, "-1e9": -1e9}.get(kind)
+    mask = seen if kind == "boolean" else None if hidden is None else torch.zeros(L, S).masked_fill(~seen, hidden)
+    if kind == "-1e9":  # added beforehand, so that the float32 logits are exactly those of the reference
+        logits = logits + mask
+        mask = torch.zeros(L, S)
+    causal = kind == "causal"
     at_once = data.draw(st.sampled_from([1, 7, 16, 2**20]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+        patch.setattr(chunks, "LOGITS_PER_THREAD", at_once)
         measured = attention_stats(logits, torch.eye(S), attn_mask=mask, is_causal=causal, scale=1.0)
     expected = attention_stats_reference(logits, torch.eye(S), attn_mask=mask, is_causal=causal, scale=1.0)
     assert_close(measured.entropy, expected.entropy, NATS)
     assert_close(measured.max_logit, expected.max_logit, 0)  # a maximum is one of the logits
     # The logarithm of the sum is good to float32's spacing at the size of the maximum.
-    assert_close(measured.logsumexp, expected.logsumexp, 1e-5 + 1e4 * EPS32)
+    largest = expected.max_logit.nan_to_num(neginf=0).abs().max().item()
+    assert_close(measured.logsumexp, expected.logsumexp, 1e-5 + EPS32 * largest)
+    assert_close(measured.logit_norm, expected.logit_norm, norm_tolerance(expected.logit_norm))
 
 
-@pytest.mark.parametrize("at_once", [50, 1000, 2**20])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_equals_float64_whatever_the_call(data: st.DataObject) -> None:
+    """Hypothesis mixes shapes, masks, head groups, caps, types and chunk sizes."""
+    B, key_heads, group, L, S, D = (data.draw(st.integers(1, n)) for n in (2, 2, 3, 9, 9, 5))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    query = (torch.randn(B, key_heads * group, L, D) * data.draw(st.sampled_from([1, 10]))).to(dtype)
+    key = (torch.randn(B, key_heads, S, D) * data.draw(st.sampled_from([1, 10]))).to(dtype)
+    kind = data.draw(st.sampled_from(["none", "causal", "boolean", "additive", "holes"]))
+    options = {
+        "attn_mask": None if kind == "causal" else mask_of(kind, data.draw(st.sampled_from([(B, 1, L, S), (1, S)]))),
+        "is_causal": kind == "causal",
+        "enable_gqa": group > 1,
+        "softcap": data.draw(st.sampled_from([None, 5.0])),
+        "scale": data.draw(st.sampled_from([None, 0.3])),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "LOGITS_PER_THREAD", data.draw(st.sampled_from([5, 50, 2**18])))
+        measured = attention_stats(query, key, **options)
+    expected = attention_stats_reference(query, key, **options)
+    seen = expected.max_logit.isfinite()
+    # Not of the maximum alone: a logit that is lower than it is large carries the larger error.
+    largest = (query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max()).item()
+    for one, other in zip(measured, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert_close(one[seen], other[seen], NATS + 4 * EPS32 * largest)
+        assert torch.equal(one[~seen].double(), other[~seen])
+
+
+@pytest.mark.parametrize("at_once", [200, 2000, 2**20])
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive", "holes", "causal"])
 @pytest.mark.parametrize("size", [1.0, 30.0])  # of query and key: logits up to about 1e4
 @pytest.mark.parametrize(
@@ -92,7 +134,7 @@ def test_equals_float64_from_query_and_key(
     mask: str,
     at_once: int,
 ) -> None:
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(chunks, "LOGITS_PER_THREAD", at_once)
     torch.manual_seed(1)
     query, key = torch.randn(2, heads, L, 24) * size, torch.randn(2, key_heads, S, 24) * size
     gqa, causal = heads != key_heads, mask == "causal"
@@ -101,8 +143,11 @@ def test_equals_float64_from_query_and_key(
     expected = attention_stats_reference(query, key, attn_mask=attn_mask, is_causal=causal, enable_gqa=gqa)
     # float32 logits carry errors of their own: entropy cannot be better than they are.
     largest = expected.max_logit[expected.max_logit.isfinite()].abs().max().item()
-    for one, other in zip(measured, expected, strict=True):
-        assert_close(one, other, NATS + 4 * EPS32 * largest)
+    for name in ("entropy", "max_logit", "logsumexp"):
+        assert_close(getattr(measured, name), getattr(expected, name), NATS + 4 * EPS32 * largest)
+    # The norm of up to 70 such errors.
+    tolerance = norm_tolerance(expected.logit_norm) + 70**0.5 * 4 * EPS32 * largest
+    assert_close(measured.logit_norm, expected.logit_norm, tolerance)
 
 
 def test_float64_stays_float64() -> None:
@@ -127,7 +172,7 @@ def test_a_fully_masked_query_has_entropy_zero_and_no_nan(kind: str) -> None:
     seen = torch.tensor([[True, True, False], [False, False, False]])
     mask = seen if kind == "boolean" else torch.zeros(2, 3).masked_fill(~seen, -torch.inf)
     stats = attention_stats(torch.randn(1, 2, 4), torch.randn(1, 3, 4), attn_mask=mask)
-    assert stats.entropy[0, 1] == 0
+    assert stats.entropy[0, 1] == stats.logit_norm[0, 1] == 0
     assert stats.entropy[0, 0] > 0
     assert stats.max_logit[0, 1] == stats.logsumexp[0, 1] == -torch.inf
 
@@ -215,21 +260,24 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("case", ["plain", "causal", "mask", "gqa"])
-def test_no_matrix_of_a_whole_head_is_stored(case: str) -> None:
-    L = 4096
+def test_no_matrix_of_a_whole_head_is_stored(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "LOGITS_PER_THREAD", 2**14)
+    L = 1024
     query = torch.randn(1, 2, L, 8)
     key = torch.randn(1, 1 if case == "gqa" else 2, L, 8)
     mask = torch.ones(1, L, dtype=torch.bool) if case == "mask" else None
     with LargestTensor() as seen:
         attention_stats(query, key, attn_mask=mask, is_causal=case == "causal", enable_gqa=case == "gqa")
-    assert 0 < seen.bytes <= 4 * module._LOGITS_AT_ONCE < 4 * L * L
+    assert 0 < seen.bytes <= 8 * 4 * chunks.LOGITS_PER_THREAD < 4 * L * L
 
 
-def test_many_heads_are_taken_a_few_at_a_time() -> None:
-    query = torch.randn(512, 8, 32, 4)
+def test_many_heads_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "LOGITS_PER_THREAD", 2**13)
+    query = torch.randn(128, 8, 32, 4)
     with LargestTensor() as seen:
         attention_stats(query, query)
-    assert seen.bytes <= 4 * module._LOGITS_AT_ONCE
+    results = 5 * 4 * query.shape[:-1].numel()  # five numbers for every query
+    assert seen.bytes <= max(results, 8 * 4 * chunks.LOGITS_PER_THREAD) < 4 * 128 * 8 * 32 * 32
 
 
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 6, 8)
@@ -257,6 +305,10 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 6, 8)
         ((Q, K), {"attn_mask": torch.ones(3, 1, 1, 5, 6)}, ValueError, "broadcastable"),
         ((Q, K), {"attn_mask": torch.ones(6)}, ValueError, "broadcastable"),
         ((Q, K.to("meta")), {}, ValueError, "one device"),
+        ((Q, K), {"softcap": 0.0}, ValueError, "softcap > 0"),
+        ((Q, K), {"softcap": math.nan}, ValueError, "softcap > 0"),
+        ((Q, K), {"score_mod": 3}, TypeError, r"score_mod\(score, b, h, q_idx, kv_idx\)"),
+        ((Q[0], K[0]), {"score_mod": lambda s, *_: s}, ValueError, r"\(B, H, L, D\) for score_mod"),
         ((Q, K), {"attn_mask": torch.ones(5, 6, device="meta")}, ValueError, "attn_mask on cpu"),
     ],
 )

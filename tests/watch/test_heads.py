@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trimtab.attention import AttentionStats, attention_stats_reference, chunks, entropy_lower_bound
-from trimtab.watch.signals import head_stats, merge, visible_keys
+from trimtab.watch.signals import head_stats, merge
 from trimtab.watch.signals.heads import per_head_stats
 
 
@@ -103,12 +103,6 @@ def test_without_a_dimension_of_heads_it_is_one_head(lead: tuple[int, ...]) -> N
     assert stats.entropy.shape == (1,)
     expected = attention_stats_reference(query, key).entropy.mean().item()
     assert stats.entropy.item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_visible_keys() -> None:
-    assert visible_keys(4, 3, is_causal=True).tolist() == [1, 2, 3, 3]
-    assert visible_keys(4, 3).tolist() == [3]
-    assert visible_keys(2, 3, torch.tensor([[True], [False]])).tolist() == [3, 0]
 
 
 def test_merge_averages_entropies_and_keeps_the_largest_logit() -> None:

@@ -1,13 +1,20 @@
 """Inside the softmax: attention entropy, logit statistics, and the lower bound on entropy."""
 
 from trimtab.attention.bound import entropy_lower_bound
-from trimtab.attention.entropy import AttentionStats, attention_entropy, attention_stats
+from trimtab.attention.entropy import attention_entropy, attention_stats
 from trimtab.attention.reference import attention_stats_reference
+from trimtab.attention.sampled import SampledEntropy, attention_entropy_sampled
+from trimtab.attention.stats import AttentionStats
+from trimtab.attention.varlen import attention_stats_flash, attention_stats_varlen
 
 __all__ = [
     "AttentionStats",
+    "SampledEntropy",
     "attention_entropy",
+    "attention_entropy_sampled",
     "attention_stats",
+    "attention_stats_flash",
     "attention_stats_reference",
+    "attention_stats_varlen",
     "entropy_lower_bound",
 ]

@@ -40,12 +40,16 @@ def entropy_lower_bound(logit_norm: float | Tensor, num_keys: int | Tensor) -> T
         raise ValueError(f"expected logit_norm >= 0 (the norm of a row of logits), got {S.min().item()}")
     if not bool((T >= 1).all()):
         raise ValueError(f"expected num_keys >= 1, got {T.min().item():g}")
-    others = T - 1
+    return unchecked_lower_bound(S, T).to(dtype)
+
+
+def unchecked_lower_bound(S: Tensor, T: Tensor) -> Tensor:
+    """The formula alone, in the tensors' own precision and without a look at them; 0 where T is below 1."""
+    others = (T - 1).clamp(min=0)
     gap = S * (T / others.clamp(min=1)).sqrt()  # of the highest logit above the others
     beta = (-gap).exp()
     # S sqrt(T (T - 1)) beta = (T - 1) gap beta; e^-1000 is 0 already, and inf * 0 would be NaN.
-    bound = (others * beta).log1p() + others * gap.clamp(max=1000.0) * beta / (1 + others * beta)
-    return bound.to(dtype)
+    return (others * beta).log1p() + others * gap.clamp(max=1000.0) * beta / (1 + others * beta)
 
 
 def _numbers(name: str, value: object) -> Tensor:

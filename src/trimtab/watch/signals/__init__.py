@@ -6,7 +6,7 @@ from trimtab.watch.signals.embeddings import (
     token_embedding_variability,
 )
 from trimtab.watch.signals.gradients import GradientNoise, averaged, gradient_noise, gradient_norm
-from trimtab.watch.signals.heads import HeadStats, head_stats, merge, visible_keys
+from trimtab.watch.signals.heads import HeadStats, head_stats, merge
 from trimtab.watch.signals.losses import spike_score
 from trimtab.watch.signals.projections import qk_energies, qk_weights
 from trimtab.watch.signals.sharpness import Sharpness, sharpness
@@ -35,5 +35,4 @@ __all__ = [
     "spike_score",
     "stable_rank",
     "token_embedding_variability",
-    "visible_keys",
 ]

@@ -11,7 +11,6 @@ from torch import Tensor
 from trimtab.attention.bound import unchecked_lower_bound
 from trimtab.attention.entropy import AttentionStats, stats_and_keys
 from trimtab.attention.logits import ScoreMod
-from trimtab.attention.stats import HIDDEN
 
 
 class HeadStats(NamedTuple):
@@ -69,19 +68,6 @@ def per_head_stats(stats: AttentionStats, keys: Tensor) -> HeadStats:
     means = _per_head(torch.where(counted, numbers, 0)).sum(-1) / _per_head(counted).sum(-1)
     entropy, normalized, logit_norm, bound = means.unbind()
     return HeadStats(entropy, normalized, _per_head(stats.max_logit[None])[0].amax(-1), logit_norm, bound)
-
-
-def visible_keys(L: int, S: int, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """How many of S keys each of L queries may see: integers that broadcast to (B..., H, L).
-
-    A key whose additive mask is -1e4 or lower counts as hidden.
-    """
-    if is_causal:
-        return torch.arange(1, L + 1).clamp(max=S)
-    if attn_mask is None:
-        return torch.tensor([S])
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > HIDDEN
-    return seen.expand(*seen.shape[:-1], S).sum(-1)
 
 
 def _per_head(numbers: Tensor) -> Tensor:
