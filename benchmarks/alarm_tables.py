@@ -22,7 +22,8 @@ def tables(results: Mapping[str, Any]) -> str:
             "predictive alarms, lines read",
             {f"every {n}" if n != "1" else "all": s for n, s in results["thinned"].items()},
         ),
-        _table("control", {f"{name} ≥ {s['bound']:.3g}": s for name, s in results["controls"].items()}),
+        _controls("control", results["controls"]),
+        _controls("control, runs with neither", results["controls with neither"]),
         _table("fitted on all", {"all tasks": _words(results["fitted"])}, "thresholds"),
         _table("kind", results["confidence"], "confidence"),
     ]
@@ -44,6 +45,10 @@ def _runs(rows: list[dict[str, Any]]) -> str:
         counts = " | ".join(str(ends.count(end)) for end in ("healthy", "impaired", "failed"))
         lines.append(f"| {task or 'all'} | {len(ends)} | {counts} |")
     return "\n".join(lines)
+
+
+def _controls(title: str, found: Mapping[str, Any]) -> str:
+    return _table(title, {f"{name} > {score['bound']:.3g}": score for name, score in found.items()})
 
 
 def _table(title: str, rows: Mapping[str, Any], value: str = "") -> str:

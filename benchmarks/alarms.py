@@ -17,7 +17,7 @@ fitted, but for the margin over the healthy runs: see docs/alarms.md):
             on the loss alone tells); the first from which on smooth stays as far above its own lowest so far
 
 An alarm predicts a failure when it is raised at an earlier logged step. Recall is the share of failed runs that a
-predictive alarm (entropy collapse, logit growth, sigma growth, dead head: none looks at the loss) predicts; it is
+predictive alarm (see PREDICTIVE: none looks at the loss) predicts; it is
 also given without the runs that fail within their first twentieth, where there is nothing to read yet. A false alarm
 is a healthy run that raises one, at any step. Thresholds are fitted on the healthy runs alone: of a grid, the most
 sensitive choice that leaves one step of the grid to the last one that alarms a healthy run. They are fitted on two
@@ -27,11 +27,9 @@ Prints the tables of docs/alarms.md (with --docs it puts them there) and writes 
 """
 
 import argparse
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, zip_longest
+from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +37,25 @@ import alarm_runs
 import alarm_tables
 import measure
 import torch
-from alarm_failure import Case, judge, median
+from alarm_controls import controls
+from alarm_failure import Case, judge
 from alarm_runs import Planned
+from alarm_score import plain, score
 from small_tasks import TASKS
 
 from trimtab.report.runlog import Run, read_run
 from trimtab.watch.alarms import KINDS, Alarms, Head, Reading, Thresholds
 
-PREDICTIVE = ("entropy collapse", "logit growth", "sigma growth", "dead head")
+PREDICTIVE = ("entropy collapse", "logit growth", "sigma growth", "large updates", "dead head")
 FROM_LOSS = ("loss spike", "divergence")
 # What is fitted: which kind it decides, and the choices from the most sensitive to the strictest.
 GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
     "collapse_entropy": ("entropy collapse", (0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.015, 0.01)),
     "max_logit": ("logit growth", (100.0, 150.0, 200.0, 300.0, 500.0, 700.0, 1e3, 1.5e3, 2e3, 3e3, 5e3, 7e3, 1e4)),
     "sigma_growth": ("sigma growth", (1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.5, 3.0, 3.5, 4.0, 5.0)),
+    "update_ratio": ("large updates", (0.1, 0.112, 0.125, 0.14, 0.16, 0.18, 0.2, 0.224, 0.25, 0.28, 0.315)),
     "dead_lines": ("dead head", (10, 15, 20, 30, 40)),
 }
-MOST_FALSE = 0.05
 
 
 def first_alarms(log: Run, thresholds: Thresholds, thinned: int = 1) -> dict[str, int]:
@@ -73,55 +73,6 @@ def first_alarms(log: Run, thresholds: Thresholds, thinned: int = 1) -> dict[str
         for alarm in alarms.check(line["step"], line, readings):
             first.setdefault(alarm.kind, alarm.step)
     return first
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a set of first alarms does on a set of runs; shares are NaN when there is no run to count.
-
-    Attributes:
-        failed: how many runs failed.
-        healthy: how many were healthy.
-        recall: share of the failed runs whose alarm came at an earlier logged step than the failure.
-        recall_later: the same among runs that failed after their first twentieth.
-        false_alarms: share of the healthy runs with an alarm.
-        lead_steps: median of the steps from alarm to failure, over the failures that were predicted.
-        lead_share: the same as a share of the run.
-        late: failed runs whose first alarm came with the failure or after it.
-    """
-
-    failed: int
-    healthy: int
-    recall: float
-    recall_later: float
-    false_alarms: float
-    lead_steps: float
-    lead_share: float
-    late: int
-
-
-def score(cases: Sequence[Case], alarms: Sequence[int | None]) -> Score:
-    """Score the first alarm of each run (None: no alarm). The median lead is over the failures that were predicted."""
-    failed = [(case, alarm) for case, alarm in zip(cases, alarms, strict=True) if case.failed_at is not None]
-    healthy = [alarm for case, alarm in zip(cases, alarms, strict=True) if case.outcome == "healthy"]
-    leads = [(case.failed_at - alarm, case.steps) for case, alarm in failed if case.failed_at and alarm is not None]
-    early = [(lead, lead / steps) for lead, steps in leads if lead > 0]
-    later = [(case.failed_at, alarm) for case, alarm in failed if case.failed_at and case.failed_at > case.steps / 20]
-    return Score(
-        failed=len(failed),
-        healthy=len(healthy),
-        recall=len(early) / len(failed) if failed else math.nan,
-        recall_later=sum(alarm is not None and alarm < at for at, alarm in later) / len(later) if later else math.nan,
-        false_alarms=sum(alarm is not None for alarm in healthy) / len(healthy) if healthy else math.nan,
-        lead_steps=statistics.median(lead for lead, _ in early) if early else math.nan,
-        lead_share=statistics.median(share for _, share in early) if early else math.nan,
-        late=len(leads) - len(early),
-    )
-
-
-def plain(found: Score) -> dict[str, float | None]:
-    """What JSON holds of a score: None for NaN, three decimals."""
-    return {name: None if value != value else round(value, 3) for name, value in asdict(found).items()}
 
 
 def fit(
@@ -199,10 +150,8 @@ def calibrate(cases: Sequence[Case]) -> dict[str, Any]:
         "all": _scores(cases, alarms),
         "groups": _groups(cases, alarms),
         "thinned": {lines: plain(score(cases, _union(found, PREDICTIVE))) for lines, found in thinned.items()},
-        "controls": {
-            "learning rate": _control(cases, [_learning_rates(case.log) for case in cases]),
-            "gradient growth": _control(cases, [_gradient_growth(case.log) for case in cases]),
-        },
+        "controls": controls(cases),
+        "controls with neither": controls([case for case in cases if _is_bare(case)]),
         "runs": [_row(case, found) for case, found in zip(cases, alarms, strict=True)],
     }
 
@@ -222,7 +171,7 @@ def _scores(cases: Sequence[Case], alarms: Firsts) -> dict[str, Any]:
 
 def _groups(cases: Sequence[Case], alarms: Firsts) -> dict[str, Any]:
     """The predictive alarms by what holds the model together, and by seed."""
-    bare = [case.plan.setup.norm == "none" and case.plan.setup.stabilizer == "none" for case in cases]
+    bare = [_is_bare(case) for case in cases]
     groups = {"with LayerNorm or sigma-Reparam": [not each for each in bare], "with neither": bare}
     for seed in sorted({case.plan.setup.seed for case in cases}):
         groups[f"of seed {seed}"] = [case.plan.setup.seed == seed for case in cases]
@@ -233,35 +182,8 @@ def _groups(cases: Sequence[Case], alarms: Firsts) -> dict[str, Any]:
     return found
 
 
-def _control(cases: Sequence[Case], signals: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """An alarm that is raised when one number reaches a bound, at its best bound in hindsight."""
-
-    def alarms(bound: float) -> list[int | None]:
-        pairs = (zip(case.log.lines, signal, strict=True) for case, signal in zip(cases, signals, strict=True))
-        return [next((line["step"] for line, value in run if value >= bound), None) for run in pairs]
-
-    def worth(bound: float) -> tuple[bool, float]:
-        found = score(cases, alarms(bound))
-        return found.false_alarms <= MOST_FALSE, found.recall
-
-    bound = max(_bounds(signals), key=worth)
-    return {"bound": bound} | plain(score(cases, alarms(bound)))
-
-
-def _bounds(signals: Sequence[Sequence[float]]) -> list[float]:
-    values = sorted({value for signal in signals for value in signal if math.isfinite(value)})
-    return values[:: max(1, len(values) // 200)]
-
-
-def _learning_rates(log: Run) -> list[float]:
-    return [float(line["lr"][0]) for line in log.lines]
-
-
-def _gradient_growth(log: Run) -> list[float]:
-    """The gradient norm over the median of the twenty before it; of two lines running the lower."""
-    norms = [float(line["grad_norm"]) for line in log.lines]
-    growth = [norms[i] / median(norms[max(0, i - 20) : i]) if i >= 5 else 0.0 for i in range(len(norms))]
-    return [0.0, *(min(pair) for pair in pairwise(growth))]
+def _is_bare(case: Case) -> bool:
+    return case.plan.setup.norm == "none" and case.plan.setup.stabilizer == "none"
 
 
 def _confidence(cases: Sequence[Case], alarms: Sequence[int | None]) -> float | None:

@@ -90,7 +90,6 @@ def test_shell_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_readme_pictures_and_links_exist() -> None:
-    for document in ("README.md", "docs/guide.md"):
-        path = ROOT / document
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf8")):
             assert "://" in target or (path.parent / target).exists(), target

@@ -19,6 +19,8 @@ LIMITS = Thresholds(
     sigma_growth=2.0,
     sigma_steps=50,
     sigma_share=0.5,
+    update_ratio=0.2,
+    update_share=0.5,
     spike_score=8.0,
     spike_rise=0.2,
     spike_lines=20,
@@ -133,6 +135,40 @@ def test_of_a_converted_weight_gamma_counts() -> None:
     assert summary(alarms([1.0] * 4, [1.0, -9.0, -9.0, -9.0])) == [("sigma growth", 30, 20, "w")]
 
 
+# large updates
+
+
+def updates(*steps: Mapping[str, float], converted: Iterable[str] = ()) -> list[Alarm]:
+    gammas = {"sigma": {name: [1.0] for name in converted}, "gamma": {name: [1.0] for name in converted}}
+    return raised(({"loss": 2.0, "update_ratio": step, **gammas}, {}) for step in steps)
+
+
+def test_large_updates_are_told_of_on_the_first_line_once() -> None:
+    (alarm,) = updates(*[{"a": 0.1, "b": 0.3, "c": 0.25}] * 4)
+    assert summary([alarm]) == [("large updates", 10, 10, "b")]
+    assert "30% of its norm" in alarm.message
+    assert "2 of 3" in alarm.message
+
+
+@pytest.mark.parametrize(
+    "ratios",
+    [
+        {"a": 0.2, "b": 0.2, "c": 0.2},  # at the bound is not above it
+        {"a": 0.9, "b": 0.9, "c": 0.1, "d": 0.1},  # half, as of weights of which half began at zero
+        {"a": math.nan, "b": math.nan, "c": 0.3},  # NaN is not large
+        {},
+    ],
+)
+def test_no_large_updates(ratios: dict[str, float]) -> None:
+    assert updates(*[ratios] * 3) == []
+
+
+def test_updates_of_converted_weights_do_not_count() -> None:
+    ratios = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.1}
+    assert updates(ratios, converted=["a", "b"]) == []  # one of four is no half, though it is one of two
+    assert [alarm.where for alarm in updates(ratios, converted=["d"])] == ["a"]
+
+
 # loss spike and divergence
 
 NOISE = [2.0 + 0.02 * (-1) ** i for i in range(20)]
@@ -235,11 +271,19 @@ def test_a_collapse_is_told_with_what_the_weights_say_of_it(energy: float, words
 
 
 def test_none_switches_an_alarm_off() -> None:
-    off = Thresholds(None, max_logit=None, sigma_growth=None, spike_score=None, divergence_rise=None, dead_entropy=None)
+    off = Thresholds(
+        collapse_entropy=None,
+        max_logit=None,
+        sigma_growth=None,
+        update_ratio=None,
+        spike_score=None,
+        divergence_rise=None,
+        dead_entropy=None,
+    )
     alarms, loss = Alarms(off), [*NOISE, 90.0, *[80.0] * 9]
     for i, value in enumerate(loss):
         readings = heads([0.0, 1.0], [1e6, 5.0])
-        assert alarms.check(i, {"loss": value, "sigma": {"w": [2.0**i]}}, readings) == []
+        assert alarms.check(i, {"loss": value, "sigma": {"w": [2.0**i]}, "update_ratio": {"w": 9.0}}, readings) == []
 
 
 @pytest.mark.parametrize("wrong", [{"collapse_entropy": 1.5}, {"max_logit": -1.0}, {"lines": 0}, {"dead_share": None}])
@@ -253,12 +297,13 @@ def test_a_threshold_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
 NUMBERS = st.one_of(
     st.floats(-10, 10), st.sampled_from([0.0, 0.01, 1.0, 1e4, 1e30, math.nan, math.inf, -math.inf]), st.floats(1, 1e4)
 )
-LINES = st.lists(st.tuples(*[NUMBERS] * 10), min_size=1, max_size=40)
+LINES = st.lists(st.tuples(*[NUMBERS] * 11), min_size=1, max_size=40)
 
 
 def line_and_readings(numbers: Sequence[float], order: Sequence[int]) -> tuple[dict[str, Any], dict[Head, Reading]]:
-    loss, grad_norm, sigma, gamma, *of_heads = numbers
+    loss, grad_norm, sigma, gamma, ratio, *of_heads = numbers
     line = {"loss": loss, "grad_norm": grad_norm, "sigma": {"a": [sigma], "b": [2.0]}, "gamma": {"b": [gamma]}}
+    line["update_ratio"] = {"a": ratio, "b": 0.9}
     line["qk_energy"] = {"m": [0.9, gamma, 0.1]}
     return line, {Head("m", i): Reading(1.0, of_heads[2 * i], of_heads[2 * i + 1]) for i in order}
 

@@ -94,6 +94,7 @@ class Alarms:
             "entropy collapse": rules.collapse(readings, limits),
             "logit growth": rules.logit_growth(readings, limits),
             "sigma growth": rules.sigma_growth(step, sigmas, past, limits),
+            "large updates": rules.large_updates(line, limits),
             "dead head": rules.dead(readings, limits),
         }
 

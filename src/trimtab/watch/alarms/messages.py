@@ -13,6 +13,7 @@ _NEXT = {
     "logit growth": "Lower the learning rate or warm it up for longer; or bound the logits, with tt.reparametrize_, "
     "QK-norm or a soft cap.",
     "sigma growth": "Lower the learning rate or warm it up for longer, or hold sigma with tt.reparametrize_.",
+    "large updates": "Such steps overwrite what the weights held. Lower the learning rate or warm it up for longer.",
     "loss spike": "Look at this batch. If spikes come back, clip the gradients or lower the learning rate.",
     "divergence": "Stop. Go back to a checkpoint from before the loss rose and go on with half the learning rate, or "
     "convert the model with tt.reparametrize_; see in the log which head or weight moved first.",
@@ -63,6 +64,8 @@ def _seen(kind: str, where: str, value: float, thresholds: Thresholds) -> str:
                 f"sigma of {where} grew {value:.3g} times within {thresholds.sigma_steps} steps "
                 f"(bound {thresholds.sigma_growth:g})"
             )
+        case "large updates":
+            return f"one step changed {where} by {value:.0%} of its norm (bound {thresholds.update_ratio:.0%})"
         case "loss spike":
             return f"the loss jumped to {value:.4g}"
         case "divergence":

@@ -72,6 +72,15 @@ def sigma_growth(
     return Finding(out, (when,), len(grown))
 
 
+def large_updates(line: Mapping[str, Any], thresholds: Thresholds) -> Finding:
+    """Weights that one step changed by a large part of themselves; what counts is their share of all weights."""
+    bound, ratios, converted = thresholds.update_ratio, line.get("update_ratio", {}), line.get("gamma", {})
+    out = {name: float(ratio) for name, ratio in ratios.items() if name not in converted}
+    out = {} if bound is None else {name: ratio for name, ratio in out.items() if ratio > bound}
+    # One line will do: an update is what happened to the weights, no estimate from one batch.
+    return Finding(out, ((math.floor(thresholds.update_share * len(ratios)) + 1, 1),), len(ratios))
+
+
 def spike(loss: float, losses: Sequence[float], span: float, thresholds: Thresholds) -> Finding:
     """A finite loss far above those just before it, in their own spread and in the run's span."""
     bound = thresholds.spike_score

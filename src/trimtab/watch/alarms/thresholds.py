@@ -7,6 +7,7 @@ KINDS = (
     "entropy collapse",
     "logit growth",
     "sigma growth",
+    "large updates",
     "loss spike",
     "divergence",
     "dead head",
@@ -17,6 +18,7 @@ CONFIDENCE = {
     "entropy collapse": 0.91,
     "logit growth": 0.97,
     "sigma growth": 0.97,
+    "large updates": 0.67,
     "loss spike": 0.92,
     "divergence": 0.86,
     "dead head": 0.93,
@@ -41,6 +43,11 @@ class Thresholds:
             counts as 1: such a weight shrinks its input, and that it grows to 1 is learning.
         sigma_steps: that number of steps, not of logged lines. Chosen.
         sigma_share: "sigma growth" is raised when this share of the weights grows too fast. Chosen.
+        update_ratio: an update is too large when one step changes a weight by more than this share of its norm; of
+            converted weights it does not count, as their size is no matter. Fitted.
+        update_share: "large updates" is raised when on one logged step more than this share of the weights has too
+            large a one; more than half, since weights that begin at zero (half of LoRA's) grow many times over at
+            first. Chosen.
         spike_score: "loss spike" is raised when the loss lies above the median of the `spike_lines` losses before it by
             more than this many of their robust standard deviations (`trimtab.watch.signals.losses.spike_score`), and
         spike_rise: by more than this share of the span, the way from the first loss down to the lowest. Both chosen.
@@ -64,6 +71,8 @@ class Thresholds:
     sigma_growth: float | None = 3.5
     sigma_steps: int = 50
     sigma_share: float = 0.5
+    update_ratio: float | None = 0.25
+    update_share: float = 0.5
     spike_score: float | None = 8.0
     spike_rise: float = 0.2
     spike_lines: int = 20
@@ -75,7 +84,7 @@ class Thresholds:
     lines: int = 2
 
     def __post_init__(self) -> None:
-        shares = ("collapse_entropy", "collapse_share", "sigma_share", "dead_entropy", "dead_share")
+        shares = ("collapse_entropy", "collapse_share", "sigma_share", "update_share", "dead_entropy", "dead_share")
         counts = ("sigma_steps", "spike_lines", "dead_lines", "dead_lines_one", "lines")
         for field in fields(self):
             value = getattr(self, field.name)
