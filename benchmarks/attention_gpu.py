@@ -11,12 +11,14 @@ the values, so below 1 is to be expected and .6 is the aim for flash. "torch" is
 operations, which GPUs without Triton fall back on.
 
 Memory is what one head of 64 features and 16,384 tokens needs at its peak beyond the inputs. The training run is 12
-blocks of GPT-2's size in bfloat16 autocast, watched at every=20 and unwatched.
+blocks of GPT-2's size in bfloat16 autocast, watched at every=20 and unwatched, from copies of one model; whether the
+weights end bit-identical is asked with torch's deterministic algorithms, and the time taken without them.
 
 Writes results/attention_gpu.json after every row.
 """
 
 import argparse
+import copy
 import itertools
 import math
 import os
@@ -34,6 +36,7 @@ import torch.nn.functional as F
 from spectral_cost import Block
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from watch_cost import same_weights
 
 import trimtab as tt
 from trimtab.attention import attention_stats_reference
@@ -145,15 +148,17 @@ def memory(device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def watched_run(device: str, dry: bool) -> list[float]:
-    """Whole runs at every=20, watched over unwatched."""
+def watched_run(device: str, dry: bool) -> dict[str, Any]:
+    """Whole runs at every=20 from one start, watched over unwatched, and whether their weights end bit-identical."""
     width, depth, heads, context, batch, steps = (32, 1, 2, 16, 2, 2) if dry else (768, 12, 12, 1024, 16, 40)
     texts = torch.randint(512, (batch, context + 1)).to(device)
 
-    def run(folder: Path | None) -> None:
-        torch.manual_seed(0)
-        blocks = [Block(width, heads, causal=True) for _ in range(depth)]
-        model = nn.Sequential(nn.Embedding(512, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 512)).to(device)
+    torch.manual_seed(0)
+    blocks = [Block(width, heads, causal=True) for _ in range(depth)]
+    start = nn.Sequential(nn.Embedding(512, width), *blocks, nn.LayerNorm(width), nn.Linear(width, 512)).to(device)
+
+    def run(folder: Path | None) -> nn.Module:
+        model = copy.deepcopy(start)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
         watch = None if folder is None else tt.Watch(model, folder, every=20, on_alarm=lambda alarm: None)
         with watch or nullcontext():
@@ -165,10 +170,15 @@ def watched_run(device: str, dry: bool) -> list[float]:
                 optimizer.step()
                 if watch is not None:
                     watch.step(loss)
+        return model
 
     with tempfile.TemporaryDirectory() as folder:
         folders = (Path(folder) / str(i) for i in itertools.count())
-        return measure.paired(lambda: run(None), lambda: run(next(folders)), 1 if dry else 3, device)
+        unwatched, watched = partial(run, None), lambda: run(next(folders))
+        torch.use_deterministic_algorithms(True, warn_only=True)  # else two unwatched runs differ as well
+        same = same_weights(unwatched(), watched())
+        torch.use_deterministic_algorithms(False)
+        return {"same_weights": same, "ratios": measure.paired(unwatched, watched, 1 if dry else 3, device)}
 
 
 def describe(case: Case, row: dict[str, Any]) -> str:
@@ -186,6 +196,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is when it is first used
     elif not torch.cuda.is_available():
         parser.error("this torch sees no GPU; --dry does without")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it alone
     results: dict[str, Any] = {"check": check(device, arguments.dry), "rows": {}}
     print(f"check of the numbers: {results['check']}\nstatistics over an attention forward:", flush=True)
     for case in cases():
@@ -199,7 +210,8 @@ def main() -> None:
         results["memory"] = memory(device)
         print(f"memory beyond the inputs, 16384 x 16384: {results['memory'] / 2**20:.2f} MB")
     results["watched"] = watched_run(device, arguments.dry)
-    print(f"a run watched at every=20 over an unwatched one: {measure.spread(results['watched'])}")
+    same = "the same weights" if results["watched"]["same_weights"] else "OTHER WEIGHTS"
+    print(f"a run watched at every=20 over an unwatched one: {measure.spread(results['watched']['ratios'])}, {same}")
     save(results, arguments.dry)
 
 

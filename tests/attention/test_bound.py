@@ -75,3 +75,8 @@ def test_tensors_broadcast_and_keep_at_least_float32() -> None:
 def test_refusals(logit_norm, num_keys, error, says) -> None:
     with pytest.raises(error, match=says):
         entropy_lower_bound(logit_norm, num_keys)
+
+
+def test_numbers_do_not_go_to_the_default_device() -> None:
+    with torch.device("meta"):
+        assert entropy_lower_bound(5, 128).item() == entropy_lower_bound(5.0, torch.tensor(128, device="cpu")).item()

@@ -307,6 +307,8 @@ Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 6, 8)
         ((Q, K.to("meta")), {}, ValueError, "one device"),
         ((Q, K), {"softcap": 0.0}, ValueError, "softcap > 0"),
         ((Q, K), {"softcap": math.nan}, ValueError, "softcap > 0"),
+        ((Q, K), {"softcap": "x"}, TypeError, "softcap to be a number or None, got 'x'"),
+        ((Q, K), {"scale": "x"}, TypeError, "scale to be a number or None, got 'x'"),
         ((Q, K), {"score_mod": 3}, TypeError, r"score_mod\(score, b, h, q_idx, kv_idx\)"),
         ((Q[0], K[0]), {"score_mod": lambda s, *_: s}, ValueError, r"\(B, H, L, D\) for score_mod"),
         ((Q, K), {"attn_mask": torch.ones(5, 6, device="meta")}, ValueError, "attn_mask on cpu"),

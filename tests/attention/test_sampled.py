@@ -77,6 +77,12 @@ def test_refuses_numbers_that_make_no_sample(num_queries: int) -> None:
         attention_entropy_sampled(query, key, num_queries=num_queries, generator=generator())
 
 
+def test_refuses_what_is_no_number_of_queries() -> None:
+    query, key = torch.randn(2, 30, 8), torch.randn(2, 30, 8)
+    with pytest.raises(TypeError, match=r"num_queries to be an integer, got 2\.5"):
+        attention_entropy_sampled(query, key, num_queries=2.5, generator=generator())
+
+
 def test_refuses_the_global_generator() -> None:
     with pytest.raises(TypeError, match="Generator of its own"):
         attention_entropy_sampled(torch.randn(2, 30, 8), torch.randn(2, 30, 8), num_queries=3, generator=None)

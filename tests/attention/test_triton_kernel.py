@@ -81,10 +81,8 @@ def given_logits(**options: Any) -> Call:
 
 
 def window(L: int, S: int, before: int | None, after: int | None, offset: int) -> Call:
-    at, j = torch.arange(L)[:, None] + offset, torch.arange(S)
-    inside = torch.ones(L, S, dtype=torch.bool)
-    inside &= j >= at - before if before is not None else inside
-    inside &= j <= at + after if after is not None else inside
+    gap = torch.arange(S) - torch.arange(L)[:, None] - offset
+    inside = (gap >= (-torch.inf if before is None else -before)) & (gap <= (torch.inf if after is None else after))
     more = {"window": (before, after), "positions": range(offset, offset + L)}
     return Call(torch.randn(1, 2, L, 16), torch.randn(1, 2, S, 16), more=more, same_mask=inside)
 
@@ -152,9 +150,13 @@ CALLS: dict[str, Callable[[], Call]] = {
     "early queries see nothing": lambda: window(60, 20, None, 0, -40),
     "ALiBi": lambda: alibi(20, 45),
     "NaN": lambda: with_nan(call((1, 3, 18, 16), (1, 3, 40, 16))),
-    "NaN, hidden": lambda: with_nan(
-        call((1, 3, 18, 16), (1, 3, 40, 16), attn_mask=(torch.arange(40) != 2).expand(18, 40))
-    ),
+    "NaN, hidden": lambda: with_nan(call((1, 3, 18, 16), (1, 3, 40, 16), attn_mask=torch.arange(40)[None] != 2)),
+}
+# Mostly whole blocks of keys, where nothing asks who sees what. Seconds each under the interpreter: for a GPU alone.
+LONG: dict[str, Callable[[], Call]] = {
+    "causal": lambda: half(torch.bfloat16, call((1, 2, 1000, 64), (1, 2, 1000, 64), is_causal=True)),
+    "mask": lambda: half(torch.bfloat16, call((1, 2, 999, 64), (1, 2, 1100, 64), attn_mask=seen(2, 999, 1100))),
+    "float32": lambda: call((1, 2, 1000, 256), (1, 2, 1000, 256), is_causal=True),
 }
 TILES = {"default": None, "many blocks": triton_kernel.Tiles(32, 16, 32, num_warps=4, num_stages=2)}
 
@@ -162,7 +164,7 @@ TILES = {"default": None, "many blocks": triton_kernel.Tiles(32, 16, 32, num_war
 def problems(name: str, tiles: str, device: str) -> list[str]:
     """What is wrong with the program's numbers of one call; nothing, if all is well."""
     torch.manual_seed(0)
-    of = CALLS[name]()
+    of = (CALLS | LONG)[name]()
     logits = dataclasses.replace(described(of.query, of.key, **of.options), **of.more)
     with pytest.MonkeyPatch.context() as patch:
         if TILES[tiles] is not None:
@@ -202,14 +204,16 @@ def difference(got: Tensor, expected: Tensor, tolerance: float) -> str:
     return "" if error <= tolerance else f"off by {error:.3g}, allowed are {tolerance:.3g}"
 
 
+def printed(*arguments: str, **environment: str) -> dict[str, Any]:
+    """What this file prints as a script."""
+    command = [sys.executable, "-W", "ignore", __file__, *arguments]  # numpy warns of infinities, which are wanted
+    output = subprocess.check_output(command, env=os.environ | environment, text=True, timeout=300)
+    return dict(json.loads(output.splitlines()[-1]))
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    """What the interpreter finds, in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__]  # numpy warns of the infinities that the program handles
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return printed(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @needs_triton
@@ -221,7 +225,7 @@ def test_interpreted_program_equals_the_definition(interpreted: dict[str, Any], 
 
 @needs_gpu
 def test_program_on_a_gpu_equals_the_definition() -> None:
-    found = {f"{name} | {tiles}": problems(name, tiles, "cuda") for name in CALLS for tiles in TILES}
+    found = {f"{name} | {tiles}": problems(name, tiles, "cuda") for name in CALLS | LONG for tiles in TILES}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
 
 
@@ -294,10 +298,11 @@ def test_leaves_the_rest_to_others(
     assert not supported(monkeypatch, of)
 
 
-# Each compiles for seconds, so they are two, and go through every branch together.
+# Each compiles for seconds, so they are few; the first two go through every branch together.
 COMPILED: dict[str, tuple[tuple[int, int], Callable[[], Call]]] = {
     "bfloat16, causal": ((9, 0), lambda: half(torch.bfloat16, call((1, 2, 64, 64), (1, 2, 64, 64), is_causal=True))),
     "float16, everything else": ((8, 0), lambda: half(torch.float16, everything_else())),
+    "float32": ((8, 0), lambda: call((1, 2, 64, 256), (1, 2, 64, 256), is_causal=True)),
 }
 
 
@@ -315,12 +320,8 @@ def test_program_compiles(compiled: dict[str, int], name: str) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    command = [sys.executable, __file__, "compile"]
-    cache = str(tmp_path_factory.mktemp("triton"))
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    sizes: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return sizes
+    cache = tmp_path_factory.mktemp("triton")
+    return printed("compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(cache))
 
 
 def shared_memory(of: Call, capability: tuple[int, int]) -> int:

@@ -18,7 +18,7 @@ def reference(query: Tensor, key: Tensor, causal: bool, window: tuple[int, int],
     """The same with a dense mask: query (..., H, L, D), slopes (..., H)."""
     L, S = query.shape[-2], key.shape[-2]
     distance = torch.arange(L)[:, None] + S - L - torch.arange(S)  # of a query from a key, positive for earlier keys
-    left, right = (math.inf if side == -1 else side for side in window)
+    left, right = (math.inf if side < 0 else side for side in window)
     hidden = (distance > left) | (-distance > right) | ((distance < 0) & causal)
     bias = torch.zeros(L, S) if slopes is None else -slopes[..., None, None] * distance.abs()
     return attention_stats_reference(
@@ -33,14 +33,14 @@ def assert_equal(measured: AttentionStats, expected: AttentionStats) -> None:
 
 
 @pytest.mark.parametrize("slopes", ["none", "per head", "per example"])
-@pytest.mark.parametrize("window", [(-1, -1), (3, 2), (0, -1), (-1, 1), (100, 100), (0, 0)], ids=str)
+@pytest.mark.parametrize("window", [(-1, -1), (3, 2), (0, -1), (-2, 1), (100, 100), (0, 0)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("L", "S"), [(17, 17), (5, 20), (20, 5)], ids=str)
 def test_dense(L: int, S: int, causal: bool, window: tuple[int, int], slopes: str) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(2, L, 4, 8) * 2, torch.randn(2, S, 2, 8)
     m = {"none": None, "per head": torch.rand(4), "per example": torch.rand(2, 4)}[slopes]
-    measured = attention_stats_flash(query, key, causal=causal, window_size=window, alibi_slopes=m, softcap=3.0)
+    measured = attention_stats_flash(query, key, is_causal=causal, window=window, alibi_slopes=m, softcap=3.0)
     expected = reference(query.transpose(1, 2), key.transpose(1, 2), causal, window, m, softcap=3.0)
     assert_equal(measured, expected)
 
@@ -56,7 +56,7 @@ def test_a_window_costs_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         row_sums_(logits, *rest)
 
     monkeypatch.setattr(chunks, "row_sums_", counted)
-    attention_stats_flash(torch.randn(1, 2000, 1, 4), torch.randn(1, 2000, 1, 4), causal=True, window_size=(15, 0))
+    attention_stats_flash(torch.randn(1, 2000, 1, 4), torch.randn(1, 2000, 1, 4), is_causal=True, window=(15, 0))
     assert 2000 * 16 <= sum(widths) + 16 * 16 <= 2000 * 16 * 3
 
 
@@ -114,7 +114,9 @@ Q, K = torch.zeros(6, 4, 8), torch.zeros(5, 2, 8)
         ((Q, K, [0.0, 6.0], [0, 5]), {}, ValueError, "two integers"),
         ((Q, K, torch.tensor(6), [0, 5]), {}, ValueError, "two integers"),
         ((Q, K, [0, 6], [0, 5]), {"softcap": -1.0}, ValueError, "softcap > 0"),
-        ((Q, K, [0, 6], [0, 5]), {"window": (-2, 0)}, ValueError, "-1 for no limit"),
+        ((Q, K, [0, 6], [0, 5]), {"softcap": "x"}, TypeError, "softcap to be a number"),
+        ((Q, K, [0, 6], [0, 5]), {"scale": "x"}, TypeError, "scale to be a number"),
+        ((Q, K, [0, 6], [0, 5]), {"window": ("x", 0)}, ValueError, "below 0 for no limit"),
         ((Q, K, [0, 6], [0, 5]), {"window": 3}, ValueError, r"a window \(left, right\)"),
         (
             (Q, K, [0, 6], [0, 5]),

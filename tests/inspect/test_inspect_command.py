@@ -18,7 +18,7 @@ from trimtab.errors import CheckpointError
 from trimtab.inspect import inspect_checkpoint
 from trimtab.inspect.command import InspectOptions, inspect_command
 from trimtab.inspect.page import report_page, write_page
-from trimtab.inspect.table import number, shorten, span, to_text
+from trimtab.inspect.table import number, plain, shorten, span, to_text
 
 
 def write(folder: Path, **changes: Tensor) -> Path:
@@ -179,3 +179,25 @@ def test_the_code_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Monke
     save_file({"a.weight": torch.eye(2)}, tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/inspect.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("module.encoder.fc.weight", "encoder.fc"),  # DataParallel
+        ("_orig_mod.module.fc.weight", "fc"),
+        ("module._orig_mod.blocks.0._checkpoint_wrapped_module.fc.weight", "blocks.0.fc"),
+        ("backbone.module.fc.weight", "backbone.module.fc"),  # the model's own
+        ("weight", "weight"),
+        ("module", "module"),
+    ],
+)
+def test_only_what_wrappers_put_into_a_name_is_left_out(name: str, shown: str) -> None:
+    assert plain(name) == shown
+
+
+def test_layers_keep_modules_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"module.blocks.0.module.fc.weight": torch.eye(3)}, tmp_path / "wrapped.pt")
+    lines = run(capsys, tmp_path / "wrapped.pt").splitlines()
+    assert "blocks.0" in [line.strip() for line in lines]
+    assert any(line.startswith("  module.fc ") for line in lines)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
-from trimtab.reparam import sigma_gamma
+from trimtab.reparam import sigma_gamma, stable_ranks
 
 
 def net() -> nn.Sequential:
@@ -51,6 +51,26 @@ def test_a_broken_weight_shows_nan_and_plain_models_show_nothing() -> None:
     assert errors["1.weight"].isnan().all()
     assert not errors["2.weight"].isnan().any()
     assert tt.sigma_error(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_stable_ranks_of_every_block(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    in_use = {name: sigma for name, (sigma, _) in sigma_gamma(model).items()}
+    ranks = stable_ranks(model, in_use)
+    assert list(ranks) == list(in_use)
+    for index, layer in enumerate(model):
+        sigma = in_use[f"{index}.weight"]
+        squares = layer.weight.detach().double().square().sum(1).view(len(sigma), -1).sum(1)
+        # bfloat16 weights have a sigma in float32, and so are the sums: up to 200 squares, each rounded to 6e-8
+        torch.testing.assert_close(ranks[f"{index}.weight"].double(), squares / sigma.double() ** 2, rtol=2e-5, atol=0)
+    with torch.no_grad():
+        model[1].weight[0, 0] = math.inf
+        model[2].weight.zero_()
+    broken = stable_ranks(model, {name: sigma for name, (sigma, _) in sigma_gamma(model).items()})
+    assert broken["1.weight"].isnan().all()
+    assert broken["2.weight"].isnan().all()
+    assert broken["0.weight"].isfinite().all()
 
 
 @pytest.mark.parametrize("vectors", [1, 4])

@@ -125,3 +125,15 @@ def test_folders_that_hold_no_single_run(tmp_path: Path) -> None:
     (tmp_path / "a" / "run.json").write_text('{"recipe": ')
     with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
         read_more(Tail(tmp_path / "a"))
+
+
+def test_a_damaged_line_ends_the_reading_as_it_does_for_read_run(tmp_path: Path) -> None:
+    folder = begin(tmp_path / "run")
+    append(folder, 1, loss=2.5)
+    with open(folder / "steps.jsonl", "ab") as file:
+        file.write(b"\0\0\0\0\n")  # a block that a power loss left empty
+    append(folder, 3, loss=1.5)
+    tail = read_more(Tail(folder))
+    assert tail.curves["loss"] == [2.5]
+    assert read_more(tail).last["step"] == 1
+    assert [line["step"] for line in read_run(folder).lines] == [1]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trimtab.attention import AttentionStats, attention_stats_reference, chunks, entropy_lower_bound
+from trimtab.attention import attention_stats_reference, chunks, entropy_lower_bound
 from trimtab.watch.signals import head_stats, merge
 from trimtab.watch.signals.heads import per_head_stats
 
@@ -84,8 +84,7 @@ def test_the_bound_uses_the_keys_that_each_query_sees(kind: str, at_once: int, m
 def test_per_head_stats_of_packed_sequences() -> None:
     stats = attention_stats_reference(torch.randn(2, 5, 8), torch.randn(2, 5, 8))
     keys = torch.tensor([1, 2, 3, 4, 5])
-    one = AttentionStats(*(numbers[None] for numbers in stats))
-    assert torch.allclose(per_head_stats(one, keys).normalized, (stats.entropy[:, 1:] / keys[1:].log()).mean(1))
+    assert torch.allclose(per_head_stats(stats, keys).normalized, (stats.entropy[:, 1:] / keys[1:].log()).mean(1))
 
 
 def test_nan_is_seen() -> None:
@@ -96,13 +95,11 @@ def test_nan_is_seen() -> None:
         assert numbers.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("lead", [(), (5,)], ids=str)
-def test_without_a_dimension_of_heads_it_is_one_head(lead: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (4, 2, 3)], ids=str)
+def test_heads_are_the_last_dimension_but_two(lead: tuple[int, ...]) -> None:
     query, key = torch.randn(*lead, 4, 8), torch.randn(*lead, 6, 8)
-    stats = head_stats(query, key)
-    assert stats.entropy.shape == (1,)
-    expected = attention_stats_reference(query, key).entropy.mean().item()
-    assert stats.entropy.item() == pytest.approx(expected, abs=1e-5)
+    expected = attention_stats_reference(query, key).entropy.reshape(-1, *lead[-1:], 4).mean((0, -1))
+    assert head_stats(query, key).entropy.tolist() == pytest.approx(expected.reshape(-1).tolist(), abs=1e-5)
 
 
 def test_merge_averages_entropies_and_keeps_the_largest_logit() -> None:
@@ -115,3 +112,9 @@ def test_merge_averages_entropies_and_keeps_the_largest_logit() -> None:
     assert torch.equal(both.logit_norm, (one.logit_norm + two.logit_norm) / 2)
     assert torch.equal(both.bound, (one.bound + two.bound) / 2)
     assert merge([one]) is one
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 3, 0, 8)], ids=["no example", "no query"])
+def test_of_nothing_there_is_no_number(shape: tuple[int, ...]) -> None:
+    stats = head_stats(torch.randn(shape), torch.randn(shape[0], 3, 5, 8))
+    assert all(numbers.shape == (3,) and numbers.isnan().all() for numbers in stats)

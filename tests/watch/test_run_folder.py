@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,3 +206,53 @@ def test_a_killed_run_has_every_line_up_to_its_last_logged_step(tmp_path) -> Non
     assert len(json.loads((tmp_path / "run" / "heads.json").read_text())["heads"]) == 1
     for name in ARRAYS:
         assert np.isfinite(np.fromfile(tmp_path / "run" / name, dtype="<f4")).sum() == 4
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_the_folder_for_another_try(tiny, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runlog, "write_json", full)
+    with pytest.raises(RunFolderError, match="No space left"), Watch(tiny(), tmp_path / "run"):
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.undo()
+    with Watch(tiny(), tmp_path / "run"):
+        pass
+
+
+def test_ctrl_c_while_a_line_is_written_shifts_no_row(tiny, train, tmp_path, monkeypatch) -> None:
+    model, optimizer_of = tiny(), torch.optim.SGD
+    whole, calls = runlog._append, []
+
+    def interrupted(file, record: bytes) -> None:
+        calls.append(file)
+        if len(calls) == 10:  # the third array of the second line: 5 arrays, filled up and then appended to, and a line
+            raise KeyboardInterrupt
+        whole(file, record)
+
+    with Watch(model, tmp_path, every=1) as watch:
+        optimizer = optimizer_of(model.parameters(), lr=0.1)
+        train(model, optimizer, 1, watch.step)
+        calls[:] = [None] * 6
+        monkeypatch.setattr(runlog, "_append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, 1, watch.step)
+        train(model, optimizer, 2, watch.step)
+    lines = (tmp_path / "steps.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for name in ARRAYS:
+        rows = np.fromfile(tmp_path / name, dtype="<f4")
+        assert len(rows) == 3 * 4
+        assert np.isfinite(rows).all()
+
+
+def test_a_folder_deleted_during_the_run_is_told_of_once(tiny, train, tmp_path, caplog) -> None:
+    model = tiny()
+    with Watch(model, tmp_path / "run", every=1) as watch:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 1, watch.step)
+        shutil.rmtree(tmp_path / "run")
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2, watch.step)
+    (record,) = caplog.records
+    assert "ends before step 2" in record.message
+    assert "it was deleted" in record.message

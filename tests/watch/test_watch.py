@@ -296,7 +296,8 @@ def test_a_model_without_attention_is_told_once_and_logged_on(tmp_path, caplog) 
         for _ in range(3):
             model(torch.randn(2, 3))
             watch.step(1.0)
-    (record,) = caplog.records
+    of_optimizer, record = caplog.records
+    assert "call watch.step after the optimizer.step()" in of_optimizer.message
     assert record.levelno == logging.WARNING
     assert "no attention was seen" in record.message
     assert "watch.attention(query, key)" in record.message
@@ -345,3 +346,25 @@ def test_a_watch_is_for_one_run(tiny, tmp_path) -> None:
         pass
     with pytest.raises(RunFolderError, match="already holds a run"), watch:
         pass
+
+
+def test_an_error_while_entering_leaves_nothing_behind(tiny, tmp_path, leaves_nothing, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise ArithmeticError
+
+    model = tiny()
+    monkeypatch.setattr("trimtab.watch.instruments.GradientTap", fail)
+    with pytest.raises(ArithmeticError), Watch(model, tmp_path / "run"):
+        pass
+    leaves_nothing(model)
+    monkeypatch.undo()
+    with Watch(model, tmp_path / "again"):  # it does not count as watched
+        pass
+
+
+def test_a_model_and_its_wrapper_are_one_model(tiny, tmp_path) -> None:
+    model = tiny()
+    with Watch(model, tmp_path / "one"):
+        for wrapper in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+            with pytest.raises(ValueError, match="being watched already"), Watch(wrapper, tmp_path / "two"):
+                pass

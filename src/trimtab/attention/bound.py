@@ -56,5 +56,5 @@ def _numbers(name: str, value: object) -> Tensor:
     if isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     raise TypeError(f"expected {name} to be a number or a tensor of numbers, got {value!r:.80}")

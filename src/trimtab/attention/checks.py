@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from trimtab.attention.logits import Logits, ScoreMod
 def described(
     query: Tensor,
     key: Tensor,
+    *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -30,7 +32,7 @@ def described(
         query,
         key,
         (*lead, query.shape[-2]),
-        query.shape[-1] ** -0.5 if scale is None else scale,
+        checked_scale(scale, query.shape[-1]),
         range(query.shape[-2]),
         group=group,
         mask=attn_mask,
@@ -42,8 +44,28 @@ def described(
 
 def check_softcap(softcap: float | None) -> None:
     """Refuse a soft cap that is not a positive number."""
-    if softcap is not None and not 0 < softcap < math.inf:
+    if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"expected softcap > 0 and finite, or None for no cap, got {softcap}")
+
+
+def checked_scale(scale: float | None, D: int) -> float:
+    """The factor on the logits of vectors of D features; refuse what is no number."""
+    return D**-0.5 if scale is None else _number("scale", scale)
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"expected {name} to be a number or None, got {value!r:.80}")
+    return float(value)
+
+
+def check_pair(query: Tensor, key: Tensor) -> None:
+    """Refuse vectors of two lengths, or on two devices."""
+    shapes = f"query {tuple(query.shape)} and key {tuple(key.shape)}"
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(f"expected query and key with the same, positive D (last dimension), got {shapes}")
+    if query.device != key.device:
+        raise ValueError(f"expected query and key on one device, got {query.device} and {key.device}")
 
 
 def check_vectors(name: str, tensor: object) -> None:
@@ -61,13 +83,10 @@ def _check_heads(query: Tensor, key: Tensor, enable_gqa: bool) -> tuple[tuple[in
         check_vectors(name, tensor)
         if tensor.ndim < 2:
             raise ValueError(f"expected {name} of shape (B..., H, length, D), got {tuple(tensor.shape)}")
+    check_pair(query, key)
     shapes = f"query {tuple(query.shape)} and key {tuple(key.shape)}"
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ValueError(f"expected query and key with the same, positive D (last dimension), got {shapes}")
     if key.shape[-2] == 0:
         raise ValueError(f"expected at least one key, got {shapes}: attention over no keys has no entropy")
-    if query.device != key.device:
-        raise ValueError(f"expected query and key on one device, got {query.device} and {key.device}")
 
     group = _heads_per_key_head(query, key) if enable_gqa else 1
     key_lead = key.shape[:-2] if group == 1 else (*key.shape[:-3], query.shape[-3])

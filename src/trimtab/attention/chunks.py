@@ -5,14 +5,14 @@ Shape letters: B batch, H query heads, L queries, S keys, D features; G query he
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.attention.logits import Logits, finish_, take
 from trimtab.attention.stats import AttentionStats, RowSums, row_sums_, stats_of
+from trimtab.spectral import exact_products
 
 # Logits held at once, beside scratch of the same size: 1 MB a thread, which stays in its cache, and 2 to 8 MB in
 # all; 16 MB on other devices, where few large steps are faster than many small ones.
@@ -115,21 +115,3 @@ def _columns(of: Logits, rows: slice) -> slice:
     first, last = of.positions[rows.start], of.positions[rows.stop - 1]
     stop = S if after is None else min(max(last + after + 1, 1), S)
     return slice(0 if before is None else min(max(first - before, 0), stop - 1), stop)
-
-
-@contextmanager
-def exact_products(device_type: str) -> Iterator[None]:
-    """Matrix products in true float32: no autocast, also where TF32 or bfloat16 are allowed for speed."""
-    backend: Any = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device_type)
-    matmul = getattr(backend, "matmul", None)
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name, exact)
-    with torch.autocast(device_type, enabled=False):
-        if before in (exact, "none"):
-            yield
-            return
-        setattr(matmul, name, exact)
-        try:
-            yield
-        finally:
-            setattr(matmul, name, before)

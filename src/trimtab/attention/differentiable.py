@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.attention.chunks import Chunk, chunks, exact_products, memory_for
+from trimtab.attention.chunks import Chunk, chunks, memory_for
 from trimtab.attention.logits import Logits
 from trimtab.attention.measure import measured
 from trimtab.attention.stats import FAR_BELOW
+from trimtab.spectral import exact_products
 
 
 def differentiable_entropy(of: Logits) -> Tensor:

@@ -9,7 +9,7 @@ from trimtab.attention.logits import ScoreMod
 from trimtab.attention.measure import measured
 from trimtab.attention.stats import AttentionStats
 
-__all__ = ["AttentionStats", "attention_entropy", "attention_stats", "stats_and_keys"]
+__all__ = ["AttentionStats", "attention_entropy", "attention_stats"]
 
 
 def attention_entropy(
@@ -38,7 +38,16 @@ def attention_entropy(
     Raises:
         ValueError: also a `score_mod` together with tensors that require a gradient.
     """
-    of = described(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, score_mod)
+    of = described(
+        query,
+        key,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        score_mod=score_mod,
+    )
     inputs = (query, key, attn_mask)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         return differentiable_entropy(of)
@@ -80,19 +89,14 @@ def attention_stats(
         TypeError: something that should be a (floating-point) tensor is not.
         ValueError: shapes, devices or options that do not fit together, or no key at all.
     """
-    return stats_and_keys(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, score_mod)[0]
-
-
-@torch.no_grad()
-def stats_and_keys(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-) -> tuple[AttentionStats, Tensor]:
-    """`attention_stats`, and how many keys each query may see: (B..., H, L)."""
-    return measured(described(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, score_mod))
+    of = described(
+        query,
+        key,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        score_mod=score_mod,
+    )
+    return measured(of)[0]

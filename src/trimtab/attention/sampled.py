@@ -1,7 +1,7 @@
 """Attention entropy of very long sequences, estimated from some of the queries."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -59,13 +59,24 @@ def attention_entropy_sampled(
         `SampledEntropy`, detached.
 
     Raises:
-        TypeError: the generator is none, or as for `attention_stats`.
+        TypeError: the generator is none, num_queries is no integer, or as for `attention_stats`.
         ValueError: too few or too many queries, or as for `attention_stats`.
     """
-    of = described(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, score_mod)
+    of = described(
+        query,
+        key,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        score_mod=score_mod,
+    )
     L = query.shape[-2]
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"expected a torch.Generator of its own, got {type(generator).__name__}")
+    if not isinstance(num_queries, SupportsIndex):
+        raise TypeError(f"expected num_queries to be an integer, got {num_queries!r:.80}")
     if not min(2, L) <= num_queries <= L or L == 0:
         raise ValueError(f"expected num_queries between 2 and the {L} there are, got {num_queries}")
 

@@ -1,16 +1,17 @@
 """Attention statistics in flash-attn's layouts: heads after tokens, packed sequences, windows, causal at the end.
 
 With L queries and S keys, query i stands at key i + S - L: the last query beside the last key. Causality and
-windows count from there. A window (left, right) shows the keys from left before to right after it; -1 is all.
+windows count from there. A window (left, right) shows the keys from left before to right after it; below 0 is all.
 Shape letters: B batch, H query heads, Hk key heads (H / Hk neighbouring query heads share one), D features.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.attention.checks import check_softcap, check_vectors
+from trimtab.attention.checks import check_pair, check_softcap, check_vectors, checked_scale
 from trimtab.attention.logits import Logits
 from trimtab.attention.measure import measured
 from trimtab.attention.stats import AttentionStats
@@ -20,44 +21,33 @@ def attention_stats_flash(
     query: Tensor,
     key: Tensor,
     *,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    is_causal: bool = False,
+    scale: float | None = None,
     softcap: float | None = None,
-    softmax_scale: float | None = None,
+    window: tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> AttentionStats:
-    """`attention_stats` for a call of `flash_attn_func` (flash-attn 2 or 3), with its names and meanings.
+    """`attention_stats` of one call of `flash_attn_func` (flash-attn 2 or 3), whose options have other names there.
 
     Args:
         query: (B, L, H, D), floating point.
         key: (B, S, Hk, D).
-        causal: no key after the query's own position is seen.
-        window_size: (left, right).
+        is_causal: no key after the query's own position is seen.
+        scale: factor on the logits; 1 / sqrt(D) by default.
         softcap: c > 0 turns the scaled logits s into c tanh(s / c); None or 0 is off.
-        softmax_scale: factor on the logits; 1 / sqrt(D) by default.
+        window: (left, right).
         alibi_slopes: (H,) or (B, H); adds -slope |i + S - L - j| to the logit of query i and key j.
 
     Returns:
         `AttentionStats`, detached tensors of shape (B, H, L).
 
     Raises:
-        TypeError: query or key is no floating-point tensor.
+        TypeError: query or key is no floating-point tensor, or an option no number.
         ValueError: shapes, devices or options that do not fit together, or no key at all.
     """
-    for name, tensor, shape in (("query", query, "(B, L, H, D)"), ("key", key, "(B, S, Hk, D)")):
-        check_vectors(name, tensor)
-        if tensor.ndim != 4:
-            raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
-    _check_heads(query, key)
-    if len(query) != len(key) or key.shape[1] == 0:
-        raise ValueError(
-            "expected the same batch in both and at least one key, "
-            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
-        )
-    B, H = len(query), query.shape[2]
-    slopes = _checked_slopes(alibi_slopes, B, H)
-    window = _window(window_size, causal)
-    return _stats(query.transpose(1, 2), key.transpose(1, 2), window, softmax_scale, softcap, slopes)
+    return flash_stats_and_keys(
+        query, key, is_causal=is_causal, scale=scale, softcap=softcap, window=window, alibi_slopes=alibi_slopes
+    )[0]
 
 
 def attention_stats_varlen(
@@ -92,9 +82,50 @@ def attention_stats_varlen(
         `AttentionStats`, detached tensors of shape (H, T). Queries of a sequence without keys see nothing.
 
     Raises:
-        TypeError: query or key is no floating-point tensor.
+        TypeError: query or key is no floating-point tensor, or an option no number.
         ValueError: shapes, boundaries, devices or options that do not fit together.
     """
+    return varlen_stats_and_keys(
+        query,
+        key,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        alibi_slopes=alibi_slopes,
+    )[0]
+
+
+def flash_stats_and_keys(
+    query: Tensor, key: Tensor, *, alibi_slopes: Tensor | None = None, **options: Any
+) -> tuple[AttentionStats, Tensor]:
+    """`attention_stats_flash`, and how many keys each query may see: (B, H, L)."""
+    for name, tensor, shape in (("query", query, "(B, L, H, D)"), ("key", key, "(B, S, Hk, D)")):
+        check_vectors(name, tensor)
+        if tensor.ndim != 4:
+            raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+    _check_heads(query, key)
+    if len(query) != len(key) or key.shape[1] == 0:
+        raise ValueError(
+            "expected the same batch in both and at least one key, "
+            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    slopes = _checked_slopes(alibi_slopes, len(query), query.shape[2])
+    return _stats(query.transpose(1, 2), key.transpose(1, 2), slopes, **options)
+
+
+def varlen_stats_and_keys(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_k: Tensor | Sequence[int],
+    *,
+    alibi_slopes: Tensor | None = None,
+    **options: Any,
+) -> tuple[AttentionStats, Tensor]:
+    """`attention_stats_varlen`, and how many keys each query may see: (H, T)."""
     for name, tensor, shape in (("query", query, "(T, H, D)"), ("key", key, "(Tk, Hk, D)")):
         check_vectors(name, tensor)
         if tensor.ndim != 3:
@@ -108,31 +139,32 @@ def attention_stats_varlen(
         )
     B, (T, H, _) = len(q_ends) - 1, query.shape
     slopes = _checked_slopes(alibi_slopes, B, H)
-    both = _window(window or (-1, -1), is_causal)
     dtype = torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32
     nothing = {"entropy": 0, "max_logit": -torch.inf, "logsumexp": -torch.inf, "logit_norm": 0}
     stats = AttentionStats(**{name: query.new_full((H, T), value, dtype=dtype) for name, value in nothing.items()})
+    seen = query.new_zeros((H, T), dtype=dtype)
     for b in range(B):
         queries, keys = slice(q_ends[b], q_ends[b + 1]), slice(k_ends[b], k_ends[b + 1])
         if queries.start == queries.stop or keys.start == keys.stop:
             continue
         q, k = query[queries].transpose(0, 1), key[keys].transpose(0, 1)
-        for whole, some in zip(
-            stats, _stats(q, k, both, scale, softcap, None if slopes is None else slopes[b]), strict=True
-        ):
+        its, its_seen = _stats(q, k, None if slopes is None else slopes[b], **options)
+        for whole, some in zip((*stats, seen), (*its, its_seen), strict=True):
             whole[:, queries] = some
-    return stats
+    return stats, seen
 
 
 def _stats(
     query: Tensor,
     key: Tensor,
-    window: tuple[int | None, int | None],
-    scale: float | None,
-    softcap: float | None,
     slopes: Tensor | None,
-) -> AttentionStats:
-    """Statistics of query (B..., H, L, D) and key (B..., Hk, S, D), the last query beside the last key."""
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: tuple[int, int] | None = None,
+) -> tuple[AttentionStats, Tensor]:
+    """Of query (B..., H, L, D) and key (B..., Hk, S, D), the last query beside the last key."""
     (H, L, D), S = query.shape[-3:], key.shape[-2]
     check_softcap(softcap or None)
     return measured(
@@ -140,36 +172,31 @@ def _stats(
             query,
             key,
             tuple(query.shape[:-1]),
-            D**-0.5 if scale is None else scale,
+            checked_scale(scale, D),
             range(S - L, S),
             group=H // key.shape[-3],
-            window=window,
+            window=_sides(window, is_causal),
             softcap=softcap or None,
             slopes=slopes,
         )
-    )[0]
+    )
 
 
-def _window(window: tuple[int, int], causal: bool) -> tuple[int | None, int | None]:
+def _sides(window: tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
     try:
-        left, right = (None if side == -1 else int(side) for side in window)
+        left, right = (None if side < 0 else int(side) for side in window or (-1, -1))
     except (TypeError, ValueError):
-        raise ValueError(f"expected a window (left, right), got {window!r}") from None
-    if min(left or 0, right or 0) < 0:
-        raise ValueError(f"expected a window (left, right) of sizes >= 0, or -1 for no limit, got {window}")
-    return left, 0 if causal else right
+        raise ValueError(f"expected a window (left, right) of integers, below 0 for no limit, got {window!r}") from None
+    return left, 0 if is_causal else right
 
 
 def _check_heads(query: Tensor, key: Tensor) -> None:
-    shapes = f"query {tuple(query.shape)} and key {tuple(key.shape)}"
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ValueError(f"expected query and key with the same, positive D (last dimension), got {shapes}")
+    check_pair(query, key)
     if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
         raise ValueError(
-            f"expected query heads that are a multiple of the key's (last dimension but one), got {shapes}"
+            "expected query heads that are a multiple of the key's (last dimension but one), "
+            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
         )
-    if query.device != key.device:
-        raise ValueError(f"expected query and key on one device, got {query.device} and {key.device}")
 
 
 def _checked_slopes(slopes: Tensor | None, B: int, H: int) -> Tensor | None:

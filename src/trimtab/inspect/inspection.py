@@ -45,8 +45,8 @@ def inspect_checkpoint(
 ) -> Report:
     """Measure every weight of a checkpoint, without running any code in it.
 
-    Tensors are read one at a time (a pair of them for the q/k energy), so memory stays within about the largest
-    tensor and its float32 copy, however large the checkpoint.
+    Tensors are read one at a time (a pair of them for the q/k energy), so memory stays within about three times the
+    largest tensor in float32, however large the checkpoint; small ones take some ten MB.
 
     Args:
         path: a safetensors file, a file of `torch.save`, the index of shards of either, a folder that holds one of

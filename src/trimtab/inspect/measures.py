@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.spectral import spectral_norm
+from trimtab.spectral import exact_products, spectral_norm
 from trimtab.spectral.exact import Operator, lanczos, tolerance_of
 from trimtab.watch.signals.spectra import qk_energy
 
@@ -137,5 +137,6 @@ def qk_share_of_all_heads(query: Tensor, key: Tensor, top: int) -> float:
         tolerance_of(torch.float32),
     )
     step = max(1, _AT_ONCE // query.shape[1])
-    total = sum(float((query.t() @ part).square().sum(dtype=torch.float64)) for part in key.split(step, 1))
-    return float(lanczos(product, 1).sigma) ** 2 / total if total else math.nan
+    with exact_products(query.device.type):
+        total = sum(float((query.t() @ part).square().sum(dtype=torch.float64)) for part in key.split(step, 1))
+        return float(lanczos(product, 1).sigma) ** 2 / total if total else math.nan

@@ -12,6 +12,7 @@ from rich.text import Text
 from trimtab.inspect.names import Layer, attention_of, layer_of
 from trimtab.inspect.report import Attention, Matrix, Report
 from trimtab.watch.runlog import to_json
+from trimtab.watch.taps.forward import WRAPPERS
 
 Sort = Literal["layer", "sigma", "stable-rank", "name"]
 
@@ -113,16 +114,17 @@ def _rows(report: Report, sort: Sort, energies: Mapping[str, Attention]) -> Iter
     """Style and cells of each row; layer by layer there is a heading for each layer."""
     before = ""
     for matrix in report.matrices if sort == "layer" else _sorted(report.matrices, sort):
-        layer = layer_of(matrix.name) if sort == "layer" else Layer("", -1, "", matrix.name)
+        name = _unwrapped(matrix.name)
+        layer = layer_of(name) if sort == "layer" else Layer("", -1, "", name)
         if layer.layer and layer.layer != before:
-            yield "bold", {"weight": plain(layer.layer)}
+            yield "bold", {"weight": layer.layer}
         before = layer.layer
-        part = f" [{matrix.part}]" if matrix.part else ""
-        cells = {"weight": f"{'  ' if layer.layer else ''}{plain(layer.rest)}{part}"}
+        rest = layer.rest.removesuffix(".weight") + (f" [{matrix.part}]" if matrix.part else "")
+        cells = {"weight": "  " + rest if layer.layer else rest}
         cells |= dict(zip(_NUMBERS, numbers_of(matrix), strict=True))
         cells["gamma"] = span(matrix.gamma)
-        if matrix.role == "query":
-            cells["q/k energy"] = span(energies[name].energy) if (name := attention_of(matrix.name)) in energies else ""
+        if matrix.role == "query" and (module := attention_of(matrix.name)) in energies:
+            cells["q/k energy"] = span(energies[module].energy)
         yield "bold red" if matrix.nonfinite else "", cells
 
 
@@ -153,9 +155,14 @@ def _sorted(matrices: Sequence[Matrix], sort: Sort) -> list[Matrix]:
 
 
 def plain(name: str) -> str:
-    """A name without what says nothing: wrappers' prefixes and the ending .weight."""
-    words = [word for word in name.removesuffix(".weight").split(".") if word not in ("_orig_mod", "module")]
-    return ".".join(words) or name
+    """A name without what says nothing: what wrappers put there, and the ending .weight."""
+    return _unwrapped(name).removesuffix(".weight")
+
+
+def _unwrapped(name: str) -> str:
+    """Wrappers that compile or distribute have names of their own; that of DataParallel, in front, is "module"."""
+    words = [word for word in name.split(".") if word not in WRAPPERS]
+    return ".".join(words[1:] if words[:1] == ["module"] else words) or name
 
 
 def _bytes(size: int) -> str:

@@ -29,11 +29,11 @@ from trimtab.reparam.layers import Reparametrized
 from trimtab.spectral import (
     Sizes,
     block_sigma,
-    full_precision,
     per_row,
     replicated,
     right_vector_of_each_row,
     sum_blocks,
+    without_autocast,
 )
 
 
@@ -136,7 +136,7 @@ class _ScaledEmbedding(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 8
-        with full_precision(grads[0]):  # also where backward is called under autocast
+        with without_autocast(grads[0]):  # also where backward is called under autocast
             return (None, *_ScaledEmbedding.gradients(ctx, grads[0]), *(None,) * 5)  # nor do u and v get one
 
     @staticmethod

@@ -25,7 +25,7 @@ from trimtab.reparam.closed_form import (
     weight_gradients,
     weight_in_use,
 )
-from trimtab.spectral import Sizes, block_sigma, full_precision, per_row, replicated
+from trimtab.spectral import Sizes, block_sigma, per_row, replicated, without_autocast
 
 
 def scaled_linear(
@@ -146,7 +146,7 @@ class _ScaledLinear(_Scaled):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 7
-        with full_precision(grads[0]):  # also where backward is called under autocast
+        with without_autocast(grads[0]):  # also where backward is called under autocast
             return _ScaledLinear.gradients(ctx, grads[0])
 
     @staticmethod
@@ -204,7 +204,7 @@ class _ScaledConv(_Scaled):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * 7
-        with full_precision(grads[0]):  # also where backward is called under autocast
+        with without_autocast(grads[0]):  # also where backward is called under autocast
             return _ScaledConv.gradients(ctx, grads[0])
 
     @staticmethod

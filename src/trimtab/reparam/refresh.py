@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.reparam.carried import Carried, is_sharded, local
-from trimtab.spectral import block_iteration, full_precision, is_even, thin_product
+from trimtab.spectral import block_iteration, is_even, thin_product, without_autocast
 from trimtab.spectral.iteration import Products
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def refresh_vectors_(carried: Iterable[Carried]) -> None:
     firsts = [holders[0] for holders in by_weight.values()]
     with ExitStack() as contexts:
         for tensor in {t.device.type: t for c in firsts for t in (c.weight, c.basis)}.values():
-            contexts.enter_context(full_precision(tensor))
+            contexts.enter_context(without_autocast(tensor))
         _refresh_stacks_([s for c in firsts if not is_sharded(c.weight) for s in _stacks(c)])
         _refresh_sharded_([c for c in firsts if is_sharded(c.weight)])
     for first, *others in by_weight.values():

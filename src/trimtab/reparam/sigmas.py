@@ -1,6 +1,6 @@
 """Looking at the sigmas of a converted model: what they are, and how far from the truth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,20 @@ def sigma_gamma(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def stable_ranks(model: nn.Module) -> dict[str, Tensor]:
+def stable_ranks(model: nn.Module, sigmas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Stable rank ``||W||_F² / sigma²`` of every block of every converted weight by its dotted name, shape (blocks,).
 
-    With the sigma in use; NaN for a weight that is zero or not finite. Of sharded weights every process gets all
-    values; every process must ask.
+    NaN for a weight that is zero or not finite. Of sharded weights every process gets all values; every process must
+    ask.
+
+    Args:
+        model: any.
+        sigmas: those of `sigma_gamma`, in use, by the same names; shape (blocks,).
     """
     found: dict[str, Tensor] = {}
     for name, carried in _converted_weights(model):
-        sigma = sigma_in_use(carried)
-        rows = carried.matrix.detach().to(sigma.dtype).square().sum(1)
+        sigma = sigmas[name]
+        rows = torch.linalg.vector_norm(carried.matrix.detach(), dim=1, dtype=sigma.dtype).square()
         found[name] = whole(sum_blocks(rows, carried.sizes)) / sigma.square()
     return found
 

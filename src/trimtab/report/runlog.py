@@ -49,7 +49,7 @@ class Run:
 
     def column(self, name: str) -> Floats:
         """One number per logged step, (lines,); NaN where the line has none. Of a list, the first entry."""
-        return np.array([_number(line.get(name)) for line in self.lines], dtype=np.float64)
+        return np.array([number(line.get(name)) for line in self.lines], dtype=np.float64)
 
     @property
     def steps(self) -> Floats:
@@ -82,23 +82,29 @@ def read_run(folder: str | Path) -> Run:
     lines = _lines(folder / "steps.jsonl")
     if not lines:
         raise RunFolderError(f"{folder} has no logged step yet; its run ended or was stopped before the first one")
-    heads_file = folder / "heads.json"
-    heads = _json(heads_file)["heads"] if heads_file.is_file() else []
+    heads = head_names(folder)
     arrays = {name: _rows(folder / f"heads_{name}.f32", len(lines), len(heads)) for name in _HEAD_ARRAYS}
-    result_file = folder / "result.json"
     return Run(
         folder=folder,
-        info=_json(folder / "run.json"),
+        info=read_json(folder / "run.json"),
         lines=lines,
-        heads=[f"{head['module']} head {head['head']}" for head in heads],
-        result=_json(result_file) if result_file.is_file() else {},
+        heads=heads,
+        result=read_json(folder / "result.json"),
         **arrays,
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def head_names(folder: Path) -> list[str]:
+    """A name for each attention head of a run, e.g. "blocks.0.attention head 3"."""
+    return [f"{head['module']} head {head['head']}" for head in read_json(folder / "heads.json").get("heads", [])]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file, {} if there is none; RunFolderError if it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
     except (ValueError, TypeError):
         raise RunFolderError(f"{path} is damaged: it is not the JSON that was written there") from None
 
@@ -127,7 +133,7 @@ def _rows(path: Path, num_rows: int, num_heads: int) -> NDArray[np.float32]:
     return rows
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A logged value as a float; the log writes non-finite ones as "nan", "inf" and "-inf"."""
     if isinstance(value, list):
         value = value[0] if value else None

@@ -1,6 +1,7 @@
 """Follow a run folder while it grows: what a live view needs, each byte of the log read once."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import RunFolderError
+from trimtab.report.runlog import head_names, number, read_json
 
 CURVES = ("loss", "lr", "grad_norm", "entropy_min", "entropy_mean", "max_logit")
 
@@ -71,8 +73,8 @@ def read_more(tail: Tail) -> Tail:
         RunFolderError: the folder is a file, holds several runs, or its run.json is damaged.
     """
     _check(tail.folder)
-    info = _json(tail.folder / "run.json")
-    result = _json(tail.folder / "result.json")  # before the lines: when it is there, they are all there
+    info = read_json(tail.folder / "run.json")
+    result = read_json(tail.folder / "result.json")  # before the lines: when it is there, they are all there
     try:
         with open(tail.folder / "steps.jsonl", "rb") as file:
             status = os.fstat(file.fileno())
@@ -82,37 +84,37 @@ def read_more(tail: Tail) -> Tail:
             new = file.read()
     except FileNotFoundError:
         return Tail(tail.folder, info)
-    whole = new[: new.rfind(b"\n") + 1]
-    tail._offset += len(whole)
-    for text in whole.splitlines():
-        _add(tail, json.loads(text))
-    if whole:
+    before = tail._offset
+    for text in new[: new.rfind(b"\n") + 1].splitlines(keepends=True):
+        try:
+            _add(tail, dict(json.loads(text)))
+        except (ValueError, TypeError):  # damaged: reading ends here, as in `read_run`
+            break
+        tail._offset += len(text)
+    if tail._offset > before:
         tail.heads, tail.written = _heads(tail), status.st_mtime
     tail.result = result
     return tail
 
 
-def number(value: Any) -> float:
-    """A logged value as a float: of a list the first; NaN for what is not there; "nan" and "inf" as numbers."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return float("nan") if value is None else float(value)
-
-
 def _add(tail: Tail, line: dict[str, Any]) -> None:
+    """Take in a line; raises, with nothing taken in, where it is none that a Watch writes."""
+    new = {name: number(line[name]) for name in tail.curves if name in line}
+    step, time = number(line.get("step")), number(line.get("time"))
+    if math.isnan(step):
+        raise ValueError("a line without a step")
+    alarms = [dict(alarm) for alarm in line.get("alarms", [])]
+    for name, value in new.items():
+        tail.curves[name].append(value)
     tail.last = line
-    for name, values in tail.curves.items():
-        if name in line:
-            values.append(number(line[name]))
-    tail.times.append(number(line.get("time")))
-    tail.alarms += line.get("alarms", [])
+    tail.times.append(time)
+    tail.alarms += alarms
 
 
 def _heads(tail: Tail) -> list[HeadRow]:
     """The last row of each per-head array."""
     if not tail._names:
-        heads = _json(tail.folder / "heads.json").get("heads", [])
-        tail._names = [f"{head['module']} head {head['head']}" for head in heads]
+        tail._names = head_names(tail.folder)
     columns = [_row(tail, name) for name in ("entropy", "entropy_normalized", "max_logit")]
     return [HeadRow(name, *numbers) for name, *numbers in zip(tail._names, *columns, strict=True)]
 
@@ -137,12 +139,3 @@ def _check(folder: Path) -> None:
         runs = sorted(path.parent for path in folder.glob("*/run.json"))
         if runs:
             raise RunFolderError(f"{folder} holds {len(runs)} runs: name one, such as {runs[0]}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError):
-        raise RunFolderError(f"{path} is damaged: it is not the JSON that was written there") from None

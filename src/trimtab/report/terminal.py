@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.errors import RunFolderError
+from trimtab.report.runlog import number
 from trimtab.report.sparkline import ASCII_BARS, BARS, sparkline
-from trimtab.report.tail import Tail, number, read_more
+from trimtab.report.tail import Tail, read_more
 
 _WIDE = 110  # columns from which the two tables stand beside each other
 _GAP = 3  # columns between them

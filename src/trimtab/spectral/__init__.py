@@ -5,7 +5,6 @@ from trimtab.spectral.iteration import block_iteration
 from trimtab.spectral.power import (
     Sizes,
     block_sigma,
-    full_precision,
     is_even,
     membership,
     per_row,
@@ -13,6 +12,7 @@ from trimtab.spectral.power import (
     right_vector_of_each_row,
     sum_blocks,
 )
+from trimtab.spectral.precision import exact_products, without_autocast
 from trimtab.spectral.products import thin_product
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Sizes",
     "block_iteration",
     "block_sigma",
-    "full_precision",
+    "exact_products",
     "is_even",
     "leading",
     "membership",
@@ -30,4 +30,5 @@ __all__ = [
     "spectral_norm",
     "sum_blocks",
     "thin_product",
+    "without_autocast",
 ]

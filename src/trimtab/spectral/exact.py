@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.spectral.power import full_precision
+from trimtab.spectral.precision import exact_products
 from trimtab.spectral.products import thin_product
 
 # Up to this shorter side a full SVD is the fastest exact answer on CPU and GPU alike; beyond it Lanczos wins by far.
@@ -89,7 +89,7 @@ def leading(matrix: Tensor, count: int, start: Tensor | None = None) -> Leading:
         raise ValueError(
             f"expected a floating matrix of shape (rows, columns), got {matrix.dtype} of shape {tuple(matrix.shape)}"
         )
-    with torch.no_grad(), full_precision(matrix):
+    with torch.no_grad(), exact_products(matrix.device.type):
         matrix = matrix.detach()
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         scale, tolerance = largest_entry(matrix).to(dtype), tolerance_of(matrix.dtype)

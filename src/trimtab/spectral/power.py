@@ -4,11 +4,10 @@ A matrix may be cut into blocks of rows (query | key | value), each with a sigma
 each block; u holds one right vector per block, v the left vectors of all blocks end to end.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from trimtab.spectral.precision import without_autocast
 from trimtab.spectral.products import thin_product
 
 Sizes = tuple[int, ...]
@@ -26,7 +25,7 @@ def block_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
     Returns:
         Shape (blocks,), in the precision of the vectors.
     """
-    with full_precision(matrix):
+    with without_autocast(matrix):
         if hasattr(matrix, "device_mesh"):
             # Written as whole products, which sharded tensors know how to split.
             products = (matrix.to(u.dtype) @ u.t()) * v.unsqueeze(1)
@@ -37,13 +36,6 @@ def block_sigma(matrix: Tensor, u: Tensor, v: Tensor, sizes: Sizes) -> Tensor:
             return (image.squeeze(1) * v.view(len(sizes), -1)).sum(1)
         parts = zip(matrix.split(sizes), u.unbind(), v.split(sizes), strict=True)
         return torch.cat([block_sigma(block, right.unsqueeze(0), left, (len(left),)) for block, right, left in parts])
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which autocast leaves operations on this tensor's device alone."""
-    device = tensor.device.type
-    enabled = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def is_even(sizes: Sizes) -> bool:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from trimtab.spectral.exact import Leading, Operator, check_finite, lanczos, largest_entry, tolerance_of
 from trimtab.spectral.power import Sizes
+from trimtab.spectral.precision import exact_products
 from trimtab.spectral.products import thin_product
 
 
@@ -156,7 +157,8 @@ def sharded_leading(part: Piece, count: int, start: Tensor | None = None) -> Lea
         agree,
         tolerance_of(part.whole.dtype),
     )
-    found = lanczos(operator, count, start)
+    with exact_products(like.device.type):
+        found = lanczos(operator, count, start)
     return found._replace(sigma=found.sigma * scale)
 
 

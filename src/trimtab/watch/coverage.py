@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from trimtab.watch.signals import HeadStats
+from trimtab.watch.signals import HeadStats, merge
 
 ROOT = "(root)"
 
@@ -32,7 +32,7 @@ class Row:
     Attributes:
         module: its dotted name; ``name#2`` is its second call in one forward.
         back_end: how it computes attention; empty where that is not known.
-        seen: "exact", "estimated" or "not seen".
+        seen: "exact" or "not seen".
         why: why it was not seen, or what to know about the numbers.
         heads: how many heads were measured; 0 where none was.
     """
@@ -99,6 +99,22 @@ class Seen:
     def miss(self, name: str, back_end: str, why: str) -> None:
         """A call could not be measured."""
         self.rows[name] = Row(name, back_end, "not seen", why)
+
+    def merged(self) -> dict[str, HeadStats]:
+        """One `HeadStats` a module; of one whose number of heads changes, those with the number it began with."""
+        return {
+            name: merge([stats for stats in found if len(stats.entropy) == len(found[0].entropy)])
+            for name, found in self.stats.items()
+        }
+
+    def take_in(self, other: "Seen") -> None:
+        """What another forward has shown."""
+        for name, stats in other.stats.items():
+            self.stats.setdefault(name, []).extend(stats)
+        self.rows.update(other.rows)
+        self.ran.update(other.ran)
+        self.told.update(other.told)
+        self.hints.update(other.hints)
 
     def coverage(self, model: nn.Module, names: dict[int, str], trouble: str = "") -> Coverage:
         """The rows of what was seen, then of what looks like attention and was not.

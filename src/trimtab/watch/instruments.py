@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.reparam import sigma_error, sigma_gamma, stable_ranks
@@ -37,15 +38,16 @@ class Instruments:
         self._model = model
         self._sigmas = SigmaTracker()
         self._failed: set[str] = set()
-        self._open = ExitStack()
-        self.attention = AttentionTap(model, wanted)
-        self._open.callback(self.attention.close)
-        self._optimizer = OptimizerTap(model, wanted)
-        self._open.callback(self._optimizer.close)
-        self._activations = ActivationTap(model, wanted)
-        self._open.callback(self._activations.close)
-        self._gradients = GradientTap(model, wanted_slow)
-        self._open.callback(self._gradients.close)
+        with ExitStack() as opening:  # an error on the way leaves nothing behind
+            self.attention = AttentionTap(model, wanted)
+            opening.callback(self.attention.close)
+            self._optimizer = OptimizerTap(model, wanted)
+            opening.callback(self._optimizer.close)
+            self._activations = ActivationTap(model, wanted)
+            opening.callback(self._activations.close)
+            self._gradients = GradientTap(model, wanted_slow)
+            opening.callback(self._gradients.close)
+            self._open = opening.pop_all()
 
     def close(self) -> None:
         """Remove every hook."""
@@ -88,9 +90,10 @@ class Instruments:
         """Sigma and stable rank of every weight; gamma of those that are converted."""
         converted = sigma_gamma(self._model)
         plain = self._sigmas.read(plain_weights(self._model, converted), exact=exact)
-        ranks = {name: values.tolist() for name, values in stable_ranks(self._model).items()}
+        in_use = {name: sigmas for name, (sigmas, _) in converted.items()}
+        ranks = {name: values.tolist() for name, values in stable_ranks(self._model, in_use).items()}
         return {
-            "sigma": {name: sigmas.tolist() for name, (sigmas, _) in converted.items()} | plain.sigma,
+            "sigma": {name: sigmas.tolist() for name, sigmas in in_use.items()} | plain.sigma,
             "gamma": {name: gammas.tolist() for name, (_, gammas) in converted.items()},
             "stable_rank": ranks | {name: [value] for name, value in plain.stable_rank.items()},
         }
@@ -110,5 +113,5 @@ def _readings(stats: dict[str, HeadStats]) -> dict[Head, Reading]:
     return {
         Head(name, head): Reading(*numbers)
         for name, heads in stats.items()
-        for head, numbers in enumerate(zip(*(values.tolist() for values in heads), strict=True))
+        for head, numbers in enumerate(zip(*torch.stack(tuple(heads)).tolist(), strict=True))
     }

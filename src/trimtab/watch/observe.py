@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trimtab.watch.coverage import Coverage, Seen
-from trimtab.watch.signals import HeadStats, merge
+from trimtab.watch.signals import HeadStats
 from trimtab.watch.taps import compiled, patches
 from trimtab.watch.taps.forward import Forward, dotted_names
 
@@ -21,7 +21,7 @@ class Observed:
     @property
     def heads(self) -> dict[str, HeadStats]:
         """Statistics of the heads, by module name; entropies of several forwards are averaged, logits maxed."""
-        return {name: merge(stats) for name, stats in self._seen.stats.items()}
+        return self._seen.merged()
 
     @property
     def coverage(self) -> Coverage:

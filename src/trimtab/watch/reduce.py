@@ -81,13 +81,21 @@ def combine(sights: Sequence[Sight]) -> Sight:
 
 
 def _combine_readings(readings: Sequence[Reading]) -> Reading:
-    """NaN is a broken head where its logits are NaN too; else a head that had no choice in that process's batch."""
-    broken = any(math.isnan(reading.max_logit) for reading in readings)
-    means = [
-        _mean([value for value in values if broken or not math.isnan(value)]) for values in zip(*readings, strict=True)
-    ]
-    largest = math.nan if broken else max(reading.max_logit for reading in readings)
+    """NaN of a broken head stays; else it is a number that head did not have in that process's batch."""
+    broken = any(each.broken for each in readings)
+    means = [mean_of_seen(values, broken=broken) for values in zip(*readings, strict=True)]
+    largest = largest_of_seen([each.max_logit for each in readings], broken=broken)
     return Reading(*means)._replace(max_logit=largest)
+
+
+def mean_of_seen(values: Sequence[float], *, broken: bool) -> float:
+    """Mean of the numbers that were seen; NaN if none was, or if one that is NaN is broken."""
+    return _mean([value for value in values if broken or not math.isnan(value)])
+
+
+def largest_of_seen(values: Sequence[float], *, broken: bool) -> float:
+    """Largest of the numbers that were seen; NaN if none was, or if one is broken."""
+    return math.nan if broken else max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def _combine_entries(entries: Sequence[Any]) -> Any:

@@ -5,6 +5,7 @@ any moment loses nothing before its last whole line.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -48,40 +49,40 @@ class RunLog:
     def __init__(self, folder: Path, run_info: Mapping[str, Any]) -> None:
         refuse_used(folder)
         self._folder = folder
+        self._files: list[FileIO] = []  # steps.jsonl, then the arrays in the order of ARRAYS; empty when it is over
         self._heads: list[Head] = []
         self._num_lines = 0
         self._told_late = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # Exclusive: of two processes that start into one folder, one is refused.
-            self._steps: FileIO = open(folder / STEPS, "xb", buffering=0)  # noqa: SIM115 - open until close
-        except OSError as error:
-            raise _cannot_write(folder, error) from error
-        self._files = [self._steps]  # then the arrays, in the order of ARRAYS
-        try:
+            self._files.append(open(folder / STEPS, "xb", buffering=0))  # noqa: SIM115 - open until close
             write_json(folder / "run.json", run_info)
         except OSError as error:
-            self.close()
+            if self._files:  # what was begun here would be taken for a run
+                self.close()
+                for name in (STEPS, "run.json", "run.json.part"):
+                    (folder / name).unlink(missing_ok=True)
             raise _cannot_write(folder, error) from error
 
     def write(self, line: Mapping[str, Any], readings: Mapping[Head, Reading]) -> None:
         """Append one logged step: a row to each array, then the line."""
         if not self._files:
             return
-        sizes = {}
+        sizes: dict[FileIO, int] = {}
         try:
+            if os.fstat(self._files[0].fileno()).st_nlink == 0:
+                raise OSError(errno.ENOENT, "it was deleted")
             if readings and not self._heads:
                 self._begin_arrays(list(readings))
             sizes = {file: os.fstat(file.fileno()).st_size for file in self._files}
             rows = self._rows(readings)
             for array, file in enumerate(self._files[1:]):
                 _append(file, rows[:, array].tobytes())
-            _append(self._steps, (to_json(line) + "\n").encode())
+            _append(self._files[0], (to_json(line) + "\n").encode())
             self._num_lines += 1
         except OSError as error:
-            for file, size in sizes.items():
-                with contextlib.suppress(OSError):
-                    file.truncate(size)
+            _cut(sizes)
             self.close()
             logger.warning(
                 "the run log in %s ends before step %s: %s. Training goes on unlogged.",
@@ -89,6 +90,9 @@ class RunLog:
                 line.get("step"),
                 error.strerror or error,
             )
+        except BaseException:  # Ctrl-C: half a row would shift all that follow
+            _cut(sizes)
+            raise
 
     def close(self) -> None:
         """Close the files; what is written afterwards is dropped."""
@@ -180,6 +184,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     return str(value) if isinstance(value, Path) else value
+
+
+def _cut(sizes: Mapping[FileIO, int]) -> None:
+    for file, size in sizes.items():
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+            file.seek(size)
 
 
 def _append(file: FileIO, record: bytes) -> None:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer
 from trimtab.watch.alarms import Alarm, Alarms, Head, Reading, Thresholds
 from trimtab.watch.coverage import Coverage
 from trimtab.watch.instruments import Instruments
-from trimtab.watch.reduce import Ranks, Sight
+from trimtab.watch.reduce import Ranks, Sight, largest_of_seen, mean_of_seen
 from trimtab.watch.runlog import RunLog, refuse_used, run_info
 from trimtab.watch.signals import GradientNoise, Sharpness, averaged, sharpness
 from trimtab.watch.taps.gradients import noise_of
@@ -75,12 +75,13 @@ class Watch:
         run: facts for run.json: recipe, seeds and the like; plain values.
         thresholds: when alarms are raised.
         on_alarm: called with each `Alarm`, on every process; by default its message is logged as a warning of
-            logger "trimtab", on the first.
+            logger "trimtab", on the first. An exception that it raises goes through `step`: a way to stop a run.
         sinks: where else the log goes (TensorBoard, Weights & Biases ...), closed when the watch ends. One that raises
             gets nothing more.
         process_group: of torch.distributed, the processes that watch together; the default group by default. Under
             tensor or pipeline parallelism, where the same head number is another head elsewhere, pass the group of
-            data parallelism, and give each of these groups a folder of its own.
+            data parallelism, and give each of these groups a folder of its own. On GPUs let each process choose its
+            device first (torch.cuda.set_device).
 
     Attributes:
         alarms: every `Alarm` so far, oldest first.
@@ -107,6 +108,12 @@ class Watch:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise TypeError(f"expected folder to be the path of a new folder, got {folder!r}")
+        if run is not None and not isinstance(run, Mapping):
+            raise TypeError(f"expected run to be a dict of facts for run.json, got {type(run).__name__}")
+        if on_alarm is not None and not callable(on_alarm):
+            raise TypeError(f"expected on_alarm to be a function of an Alarm, got {type(on_alarm).__name__}")
         _check_cadence("every", every)
         if slow_every is None:
             slow_every = every * max(10, math.ceil(_SLOW_STEPS / every))
@@ -115,6 +122,8 @@ class Watch:
             raise ValueError(f"expected slow_every to be a multiple of every={every}, got {slow_every}")
         if thresholds is not None and not isinstance(thresholds, Thresholds):
             raise TypeError(f"expected thresholds to be a tt.Thresholds, got {type(thresholds).__name__}")
+        if not isinstance(sinks, Sequence):
+            raise TypeError(f"expected sinks to be a list of sinks, got {type(sinks).__name__}")
         for sink in sinks:
             if not callable(getattr(sink, "write", None)) or not callable(getattr(sink, "close", None)):
                 raise TypeError(f"expected a sink to have the methods write and close, got {type(sink).__name__}")
@@ -142,18 +151,23 @@ class Watch:
         return self._steps == 0 or (self._steps + 1) % self._every == 0
 
     def __enter__(self) -> "Watch":
-        if self._model in _watched:
+        inner = _unwrapped(self._model)
+        if inner in _watched:
             raise ValueError("this model is being watched already: leave the other Watch before entering this one")
         self._ranks = Ranks(self._group)
-        self._ranks.first_does(self._open_log)
-        self._instruments = Instruments(
-            self._model,
-            lambda: self.next_step_is_logged and not self._measuring,
-            lambda: self._next_step_is_slow and not self._measuring,
-        )
+        try:
+            self._ranks.first_does(self._open_log)
+            self._instruments = Instruments(
+                self._model,
+                lambda: self.next_step_is_logged and not self._measuring,
+                lambda: self._next_step_is_slow and not self._measuring,
+            )
+        except BaseException:
+            self._open.close()
+            raise
         self._open.callback(self._instruments.close)
-        _watched.add(self._model)
-        self._open.callback(_watched.discard, self._model)
+        _watched.add(inner)
+        self._open.callback(_watched.discard, inner)
         self._began = time.perf_counter()
         self._is_open = True
         return self
@@ -193,7 +207,7 @@ class Watch:
         seen.line.update(numbers, loss=_number(loss))
         sight = self._ranks.together(seen)
         if self._steps == 0 and self._ranks.first:
-            self._note_what_is_unseen(bool(sight.readings))
+            self._note_what_is_unseen(sight)
         line = self._line(sight)
         alarms = self._decide.check(line["step"], line, sight.readings)
         line |= {"alarms": [asdict(alarm) for alarm in alarms], "time": time.perf_counter() - self._began}
@@ -291,9 +305,15 @@ class Watch:
                 raise ValueError(f"the log has a {name!r} of its own: give the metric another name")
             _check_number(name, value)
 
-    def _note_what_is_unseen(self, attention_seen: bool) -> None:
+    def _note_what_is_unseen(self, sight: Sight) -> None:
+        if "lr" not in sight.line:
+            logger.warning(
+                "no optimiser step was seen before the first watch.step, so its line has no learning rate, gradient "
+                "norm or update_ratio. Unless a GradScaler skipped it, call watch.step after the optimizer.step() of a "
+                "torch.optim optimiser"
+            )
         unseen = self.coverage().unseen
-        if not attention_seen:
+        if not sight.readings:
             logger.warning(
                 "no attention was seen in the first step, so the log has none: is it this model that is called, and "
                 "does it attend? Attention written by hand is seen through watch.attention(query, key)%s",
@@ -305,7 +325,7 @@ class Watch:
     def _write_to_sinks(self, line: Mapping[str, Any], readings: Mapping[Head, Reading]) -> None:
         for sink in list(self._sinks):
             try:
-                sink.write(line, readings)
+                sink.write(dict(line), readings)
             except Exception as error:
                 self._sinks.remove(sink)
                 self._close_sink(sink)
@@ -330,19 +350,28 @@ class Watch:
             logger.warning(alarm.message)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what distributes or compiles it."""
+    if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        return _unwrapped(model.module)  # type: ignore[arg-type]
+    compiled = model._modules.get("_orig_mod")
+    return model if compiled is None else _unwrapped(compiled)
+
+
 def _of_all_heads(readings: Mapping[Head, Reading]) -> dict[str, float]:
     if not readings:
         return {}
-    heads = list(readings.values())
-    # Of heads without a number (no query has a choice, or NaN) there is no minimum; the logits show NaN.
-    normalized = [head.normalized for head in heads if head.normalized >= 0]
-    return {
-        "entropy_min": min(normalized, default=math.nan),
-        "entropy_mean": sum(head.entropy for head in heads) / len(heads),
-        "entropy_bound": sum(head.bound for head in heads) / len(heads),
-        "max_logit": max((head.max_logit for head in heads), key=lambda value: (math.isnan(value), value)),
-        "logit_norm": sum(head.logit_norm for head in heads) / len(heads),
+    entropy, normalized, max_logit, logit_norm, bound = zip(*readings.values(), strict=True)
+    broken = any(head.broken for head in readings.values())
+    found = {
+        # Of heads without a number (no query has a choice, or NaN) there is no minimum; the logits show NaN.
+        "entropy_min": min((value for value in normalized if value >= 0), default=math.nan),
+        "entropy_mean": mean_of_seen(entropy, broken=broken),
+        "entropy_bound": mean_of_seen(bound, broken=broken),
+        "max_logit": largest_of_seen(max_logit, broken=broken),
+        "logit_norm": mean_of_seen(logit_norm, broken=broken),
     }
+    return {name: value for name, value in found.items() if broken or not math.isnan(value)}
 
 
 def _reasons(unseen: Mapping[str, str]) -> str:
@@ -364,8 +393,13 @@ def _check_number(name: str, value: object) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"expected {name} to be one number, got a tensor of shape {tuple(value.shape)}")
+        if value.is_complex() or value.is_meta:
+            kind = "complex" if value.is_complex() else "meta"
+            raise TypeError(f"expected {name} to be a real number, got a {kind} tensor")
     elif not isinstance(value, Real):
-        raise TypeError(f"expected {name} to be a number or a tensor of one, got {type(value).__name__}")
+        raise TypeError(
+            f"expected {name} to be a number or a tensor of one, got {type(value).__name__}: pass float({name})"
+        )
 
 
 def _number(value: Tensor | float) -> float:

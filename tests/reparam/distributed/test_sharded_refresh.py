@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import trimtab as tt
-from trimtab.reparam import sigma_gamma
+from trimtab.reparam import sigma_gamma, stable_ranks
 
 
 def layers(count: int, width: int, vectors: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -174,7 +174,17 @@ def a_zero_piece_is_no_zero_weight(rank: int) -> None:
     assert_close(model.up.sigma_v.abs(), reference.up.sigma_v.abs(), "v")
 
 
+def stable_ranks_are_those_of_the_whole(rank: int) -> None:
+    models = shard_(net()), net()
+    found, expected = (stable_ranks(each, {n: sigma for n, (sigma, _) in sigma_gamma(each).items()}) for each in models)
+    assert found.keys() == expected.keys()
+    assert any(len(ranks) > 1 for ranks in expected.values())  # a fused weight too
+    for name, ranks in found.items():
+        assert_close(ranks, expected[name], name)
+
+
 def check(rank: int) -> None:
+    stable_ranks_are_those_of_the_whole(rank)
     sends_two_small_sums(rank)
     an_optimisers_step_sends_no_more(rank)
     exact_vectors_come_from_the_pieces(rank)

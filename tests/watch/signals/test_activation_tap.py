@@ -192,3 +192,30 @@ def test_compiled_parts_are_not_compiled_again(tap) -> None:
     assert len(compiled) == before
     assert seen.take() == ({}, None)
     torch._dynamo.reset()
+
+
+def test_logits_that_come_late_are_found(tap) -> None:
+    torch.manual_seed(0)
+    model = Net("other")
+    seen = tap(model)
+    model(torch.randn(5, 3, 6))
+    assert seen.take().output_z is None
+    model.output = "tensor"
+    model(torch.randn(5, 3, 6))
+    assert seen.take().output_z == pytest.approx(rms([model.seen[-1][3].logsumexp(-1)]), rel=1e-5)
+
+
+def test_a_forward_that_failed_and_one_without_gradients_do_not_count(tap) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    seen, x = tap(model), torch.randn(5, 3, 6)
+    handle = model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(100 * x)
+    handle.remove()
+    with torch.no_grad():
+        model(100 * x)
+    model(x)
+    reading = seen.take()
+    assert reading.rms["layers.2"] == pytest.approx(rms([model.seen[-1][2]]), rel=1e-5)
+    assert reading.output_z == pytest.approx(rms([model.seen[-1][3].logsumexp(-1)]), rel=1e-5)

@@ -66,3 +66,12 @@ def test_every_table_of_a_model_once() -> None:
     in_use = tt.effective_weight(model["places"])
     assert embedding_variability(model)["places"] == pytest.approx(token_embedding_variability(in_use))
     assert embedding_variability(model)["places"] != pytest.approx(found["places"], rel=1e-2)
+
+
+def test_a_model_that_is_a_table_has_no_name_here_and_one_in_the_log(tmp_path) -> None:
+    table = nn.Embedding(7, 4)
+    tev = token_embedding_variability(table.weight)
+    assert embedding_variability(table) == {"": tev}
+    with tt.Watch(table, tmp_path / "run") as watch:
+        watch.step(1.0)
+    assert watch.last["tev"] == {"(root)": list(tev)}

@@ -166,3 +166,32 @@ def test_compiled_models_are_seen_and_not_compiled_again(tap, how) -> None:
         each.append(torch.cat([gradient.flatten() for gradient in gradients]))
     assert noise.variance == pytest.approx(torch.stack(each).var(0).sum().item(), rel=1e-4)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_zeroed_between_backwards_are_no_micro_batches(tap, set_to_none) -> None:
+    """SAM and closures take the gradient of one batch twice: there is no noise to tell."""
+    torch.manual_seed(0)
+    model, (tokens, other) = Net(), batches(2)
+    seen = tap(model)
+    model(tokens).backward()
+    model.zero_grad(set_to_none=set_to_none)
+    model(tokens).backward()
+    assert seen.take() is None
+    model.zero_grad(set_to_none=set_to_none)  # before the first backward: as every loop does
+    accumulate(model, [tokens, other], divide=True)
+    assert seen.take().parts == 2
+
+
+def test_parameters_that_are_no_leaves_or_not_there_yet_stop_nothing(tap) -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+    seen = tap(lazy)
+    lazy(torch.randn(3, 5)).sum().backward()
+    assert seen.take() is None
+    model = nn.Linear(5, 1)
+    shift = nn.Parameter(torch.zeros(1, 5))
+    seen = tap(model)
+    changed = {"weight": model.weight + shift, "bias": model.bias}
+    torch.func.functional_call(model, changed, torch.randn(3, 5)).sum().backward()
+    assert seen.take() is None
+    assert shift.grad is not None

@@ -79,11 +79,11 @@ def test_torch_attention(columns, converted) -> None:
     rows = torch.cat([tt.effective_weight(attention, name).flatten() for name in names])
     query, key = rows[: 12 * 12].view(3, 4, 12), rows[12 * 12 : 12 * 12 + 12 * columns].view(3, 4, columns)
     ((name, found),) = qk_weights(attention).items()
-    assert name == "(root)"
+    assert name == ""
     assert torch.equal(found.query, query)
     assert torch.equal(found.key, key)
     assert not found.query.requires_grad
-    assert qk_energies(attention, top=2) == {"(root)": qk_energy(query, key, 2).tolist()}
+    assert qk_energies(attention, top=2) == {"": qk_energy(query, key, 2).tolist()}
 
 
 class Own(nn.Module):

@@ -1,5 +1,7 @@
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,6 +175,51 @@ def test_the_same_seed_gives_the_same_number_under_dropout() -> None:
         for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2]
+
+
+class Draws(nn.Module):
+    """A weight under numbers drawn by Python and NumPy; keeps count, and what it made last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.calls, self.seen, self.last = nn.Parameter(torch.ones(3)), 0, torch.zeros(3), None
+
+    def forward(self) -> Tensor:
+        self.calls += 1
+        self.seen += 1  # in place
+        self.last = self.weight * (1 + random.random() + np.random.random())
+        self.new = self.last.sum()
+        return self.last.pow(4).sum()
+
+
+def states() -> tuple:
+    return random.getstate(), [np.asarray(part).tolist() for part in np.random.get_state()]
+
+
+def test_training_does_not_notice_draws_of_other_libraries_nor_attributes() -> None:
+    model = Draws()
+    seen, before = model.seen, states()
+    found = [sharpness(model, model.parameters(), model=model, seed=seed).eigenvalue for seed in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
+    assert states() == before
+    assert (model.calls, model.last, hasattr(model, "new")) == (0, None, False)
+    assert model.seen is seen
+    assert seen.tolist() == [0, 0, 0]
+    assert sharpness(model, model.parameters(), seed=2**40).eigenvalue > 0  # more than NumPy takes
+
+
+@pytest.mark.parametrize("options", [{"iterations": 0}, {"tolerance": 0.0}, {"tolerance": math.nan}])
+def test_no_iterations_and_no_tolerance_are_refused(options) -> None:
+    w = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="expected iterations >= 1 and tolerance > 0"):
+        sharpness(lambda: w.square().sum(), [w], **options)
+
+
+def test_the_default_device_is_not_asked() -> None:
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    with torch.device("meta"):
+        found = sharpness(lambda: w.pow(4).sum(), [w], tolerance=1e-6)
+    assert found.eigenvalue == pytest.approx(48)  # 12 w²
 
 
 def test_a_loss_without_curvature_is_flat_and_a_broken_one_is_nan() -> None:

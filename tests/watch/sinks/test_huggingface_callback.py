@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from pathlib import Path
@@ -152,3 +153,23 @@ def test_options_go_to_watch(tmp_path) -> None:
         tmp_path, TrimtabCallback(tmp_path / "loud", every=1, on_alarm=alarms.append), learning_rate=100.0, max_steps=12
     )
     assert alarms
+
+
+def test_the_model_can_be_copied_and_saved_meanwhile(tmp_path) -> None:
+    """As callbacks do that keep an average of the weights, or the best ones."""
+
+    class Copies(transformers.TrainerCallback):
+        def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+            torch.save(model, tmp_path / "model.pt")
+            copies.append(copy.deepcopy(model))
+
+    copies: list[nn.Module] = []
+    run = train(tmp_path, TrimtabCallback(tmp_path / "run", every=1), Copies(), max_steps=2)
+    assert len(log(tmp_path / "run")) == len(copies) == 2
+    copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+    tokens = torch.arange(12).view(1, 12)
+    run.model.eval()
+    for each in copies[1:]:
+        assert torch.equal(each.eval()(tokens).logits, run.model(tokens).logits)
+    copies[0].train()(tokens, labels=tokens)  # a copy is not watched
+    assert len(log(tmp_path / "run")) == 2

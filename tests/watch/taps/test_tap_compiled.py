@@ -321,3 +321,16 @@ def test_inductor(tmp_path) -> None:
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in start)
     assert "max_logit" in watch.last
     assert compilations() == 1
+
+
+def test_a_model_compiled_after_lines_without_a_forward_is_seen() -> None:
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))  # imports what compiling needs
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    tap = AttentionTap(model, lambda: True)
+    assert tap.take() == {}
+    model.compile(backend="eager")
+    model(torch.randn(2, 5, 8))
+    assert tap.take() == {}  # the first time it is only noticed
+    model(torch.randn(2, 5, 8))
+    assert list(tap.take()) == ["self_attn"]
+    tap.close()

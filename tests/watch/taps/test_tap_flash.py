@@ -1,5 +1,7 @@
 """flash-attn, which cannot be installed here: a module of the same names and meanings, by plain torch."""
 
+import copy
+import importlib
 import inspect
 import math
 import sys
@@ -173,14 +175,15 @@ def test_sequences_of_several_lengths(causal, window, flash_attn) -> None:
     model = Model(lambda: flash_attn.flash_attn_varlen_func)
     with observe(model) as seen:
         model(q, k, v, q_ends, k_ends, 6, 7, causal=causal, window_size=window)
-    rows = []
+    rows, shares = [], []
     for b in (0, 2):
         part_q, part_k = q[None, q_ends[b] : q_ends[b + 1]], k[None, k_ends[b] : k_ends[b + 1]]
         logits = logits_of(part_q, part_k, None, causal, window, 0.0, None)
         rows.append(torch.special.entr(logits.softmax(-1)).sum(-1)[0])
+        shares.append(rows[-1] / logits.isfinite().sum(-1)[0].log())  # 0 / 0 where there is no choice
     heads = seen.heads["(root)"]
     assert heads.entropy == pytest.approx(torch.cat(rows, 1).nanmean(1).tolist(), abs=1e-5)
-    assert bool((heads.normalized <= 1).all())
+    assert heads.normalized == pytest.approx(torch.cat(shares, 1).nanmean(1).tolist(), abs=1e-5)
 
 
 def test_packed_sequences(flash_attn) -> None:
@@ -214,3 +217,84 @@ def test_what_is_not_followed_is_listed(flash_attn) -> None:
         model(x, x, x, ends, ends, 6, 6, block_table=torch.zeros(1, 1, dtype=torch.int32))
     assert seen.heads == {}
     assert "block_table" in seen.coverage.unseen["(root)"]
+
+
+def of_transformers(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, nn.Module]:
+    """A Llama that attends by a kernel as the hub has them, in no module of a known name; and the same, eager."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    library = importlib.import_module("transformers.modeling_flash_attention_utils")
+    for name in [name for name in vars(library) if name.startswith(("_flash_", "_process_", "_loaded_"))]:
+        monkeypatch.setattr(library, name, getattr(library, name))  # put back what the next lines set
+    kernel = (flash_attn_func, flash_attn_varlen_func, None, library._pad_input, library._unpad_input)
+    monkeypatch.setattr(library, "_lazy_imports", lambda *args, **kwargs: kernel)
+    library.lazy_import_flash_attention("kernels-community/flash-attn2")
+    config = transformers.LlamaConfig(
+        vocab_size=23, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    eager = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    model = copy.deepcopy(eager)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "flash_attention_2"
+    monkeypatch.setattr(library, "_loaded_implementation", "flash_attention_2")
+    return model, eager
+
+
+def test_a_kernel_from_the_hub_is_seen_through_transformers(monkeypatch) -> None:
+    model, eager = of_transformers(monkeypatch)
+    tokens = torch.randint(23, (2, 7))
+    with observe(model) as seen:
+        model(input_ids=tokens)
+    with observe(eager) as expected:
+        eager(input_ids=tokens)
+    assert {row.back_end for row in seen.coverage} == {"flash-attn"}
+    assert len(seen.heads) == 2
+    for name, heads in seen.heads.items():
+        for one, other in zip(heads, expected.heads[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_kernel_from_the_hub_sees_no_padding(monkeypatch) -> None:
+    model, eager = of_transformers(monkeypatch)
+    tokens, lengths = torch.randint(23, (2, 7)), (7, 4)
+    with observe(model) as seen:
+        model(input_ids=tokens, attention_mask=(torch.arange(7) < torch.tensor(lengths)[:, None]).long())
+    total = dict.fromkeys(seen.heads, 0)
+    for row, length in zip(tokens, lengths, strict=True):
+        with observe(eager) as alone:
+            eager(input_ids=row[None, :length])
+        for name, heads in alone.heads.items():
+            total[name] = total[name] + heads.entropy * length
+    assert len(total) == 2
+    for name, entropy in total.items():
+        torch.testing.assert_close(seen.heads[name].entropy, entropy / sum(lengths), rtol=0, atol=1e-5)
+
+
+def test_attention_sinks_are_listed(monkeypatch, flash_attn) -> None:
+    """Kernels from the hub take them; they change the softmax."""
+
+    def flash_attn_func(q, k, v, causal=False, s_aux=None):
+        return v
+
+    monkeypatch.setattr(flash_attn, "flash_attn_func", flash_attn_func)
+    x = torch.randn(1, 6, 4, 8)
+    model = Model(lambda: flash_attn.flash_attn_func)
+    with observe(model) as seen:
+        model(x, x, x, s_aux=torch.zeros(4))
+    assert "s_aux" in seen.coverage.unseen["(root)"]
+
+
+@pytest.mark.parametrize("window", [(None, None), (-2, -7), None])
+def test_every_way_to_say_no_window(window, flash_attn, monkeypatch) -> None:
+    def flash_attn_func(q, k, v, window_size=window):
+        return v
+
+    monkeypatch.setattr(flash_attn, "flash_attn_func", flash_attn_func)
+    q, k = torch.randn(2, 1, 6, 4, 8)
+    with observe(model := Model(lambda: flash_attn.flash_attn_func)) as seen:
+        model(q, k, k)
+    assert seen.heads["(root)"].entropy == pytest.approx(dense(q=q, k=k).tolist(), abs=1e-5)

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -51,6 +52,23 @@ def test_every_spelling_is_seen_and_left_as_it_was(spelling) -> None:
         function = function.scaled_dot_product_attention if name == "F" else function
         assert function is torch._C._nn.scaled_dot_product_attention
         assert type(function).__name__ == "builtin_function_or_method"
+
+
+@pytest.mark.parametrize("mask", ["none", "of all", "of each"])
+def test_without_a_dimension_of_heads_it_is_one_head(mask: str) -> None:
+    """torch's own documentation of the function has (B, L, D)."""
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 5, 8), torch.randn(3, 6, 8)
+    mask = {"none": None, "of all": torch.rand(5, 6) < 0.8, "of each": torch.rand(3, 5, 6) < 0.8}[mask]
+    with observe(model := Calls3d()) as seen:
+        model(query, key, mask)
+    expected = attention_stats_reference(query, key, attn_mask=mask).entropy.mean().item()
+    assert seen.heads["(root)"].entropy == pytest.approx([expected], abs=1e-5)
+
+
+class Calls3d(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
 
 
 def test_attention_of_other_models_and_other_threads_is_not_taken() -> None:
@@ -185,3 +203,30 @@ def test_nested_tensors_are_listed() -> None:
         model(x)
     assert seen.heads == {}
     assert "nested" in seen.coverage.unseen["(root)"]
+
+
+def test_a_function_imported_after_the_first_look_is_seen_beside_others(monkeypatch) -> None:
+    """A back-end that a block imports when it first needs it."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = Calls(SPELLINGS["F."]), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.early(x)
+            return y if self.late is None else self.late(y)
+
+    model, x = Late(), torch.randn(2, 5, 8)
+    tap = AttentionTap(model, lambda: True)
+    model(x)
+    assert list(tap.take()) == ["early"]
+    module = types.ModuleType("a_late_back_end")
+    module.attend = F.scaled_dot_product_attention
+    monkeypatch.setitem(sys.modules, "a_late_back_end", module)
+    model.late = Calls(lambda q, k, v: module.attend(q, k, v))
+    model(x)
+    tap.take()  # notices that there are new modules
+    model(x)
+    assert list(tap.take()) == ["early", "late"]
+    tap.close()

@@ -120,6 +120,20 @@ def test_attention_told_by_the_program(x) -> None:
     tap.close()
 
 
+def test_a_program_that_tells_of_one_example_tells_of_its_heads() -> None:
+    class OneExample(nn.Module):
+        def forward(self, query: Tensor, key: Tensor) -> Tensor:
+            tap.record(query, key)
+            return query
+
+    query, key, model = torch.randn(3, 4, 8), torch.randn(3, 6, 8), OneExample()
+    tap = AttentionTap(model, lambda: True)
+    model(query, key)
+    expected = attention_stats_reference(query, key).entropy.mean(-1)  # (H,)
+    assert tap.take()["(root)"].entropy == pytest.approx(expected.tolist(), abs=1e-5)
+    tap.close()
+
+
 def test_told_shapes_that_do_not_fit_are_an_error_there_and_then(x) -> None:
     class Wrong(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -151,3 +165,82 @@ def test_several_forwards_are_averaged_by_observe(x) -> None:
 def test_observe_wants_a_module() -> None:
     with pytest.raises(TypeError, match=r"nn\.Module, got function"), observe(lambda x: x):
         pass
+
+
+def test_a_forward_without_gradients_does_not_count_beside_training(x) -> None:
+    """A rollout in training mode, token by token."""
+    model = nn.Sequential(Attention())
+    tap = AttentionTap(model, lambda: True)
+    with torch.no_grad():
+        model(50 * x)
+    model(x)
+    with torch.no_grad():
+        model(60 * x)
+    largest = attention_stats_reference(*[model[0].linear(x)[:, None]] * 2).max_logit.max().item()
+    assert tap.take()["0"].max_logit == pytest.approx([largest], rel=1e-5)
+    with torch.no_grad():
+        model(x)
+    assert tap.take()["0"].max_logit == pytest.approx([largest], rel=1e-5)
+    tap.close()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("handled", [False, True], ids=["", "inside an except clause"])
+def test_a_forward_that_failed_does_not_count(x, error, handled) -> None:
+    """Out of memory, then a smaller batch; Ctrl-C in a notebook, then on."""
+
+    class Fails(nn.Module):
+        fails = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails:
+                raise error
+            return x
+
+    model = nn.Sequential(Attention(), Fails())
+    tap = AttentionTap(model, lambda: True)
+
+    def attempts() -> None:
+        with pytest.raises(error):
+            model(50 * x)
+        F.scaled_dot_product_attention(*[70 * x[:, None]] * 3)  # somebody else's
+        model[1].fails = False
+        model(x)
+
+    if handled:
+        try:
+            raise ValueError
+        except ValueError:
+            attempts()
+    else:
+        attempts()
+    largest = attention_stats_reference(*[model[0].linear(x)[:, None]] * 2).max_logit.max().item()
+    seen = tap.take()
+    assert list(seen) == ["0"]
+    assert seen["0"].max_logit == pytest.approx([largest], rel=1e-5)
+    model[1].fails = True
+    with pytest.raises(error):
+        model(x)
+    assert tap.take() == {}
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    tap.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        (("a", torch.ones(1, 1, 2, 4)), {}, "query to be a tensor, got str"),
+        ((torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4)), {"name": 3}, "name to be a string or None, got 3"),
+        ((torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4)), {"causal": True}, "attn_mask, is_causal.*; got causal"),
+    ],
+)
+def test_what_a_program_tells_wrongly_is_refused(arguments, options, says) -> None:
+    class Told(nn.Module):
+        def forward(self) -> None:
+            tap.record(*arguments, **options)
+
+    model = Told()
+    tap = AttentionTap(model, lambda: True)
+    with pytest.raises(TypeError, match=says):
+        model()
+    tap.close()

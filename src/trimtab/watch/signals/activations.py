@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from trimtab.watch.signals.norms import is_sharded, row_norms
+from trimtab.reparam.carried import is_sharded
+from trimtab.watch.signals.norms import row_norms
 
 # Logits are widened to float32 so many at a time.
 _AT_ONCE = 2**22

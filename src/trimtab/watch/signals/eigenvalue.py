@@ -1,5 +1,6 @@
 """The largest eigenvalue of a symmetric operator known by its products."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,12 +53,11 @@ def largest_eigenvalue(
         rest = [w - alpha * v - beta * u for w, v, u in zip(image, now, before, strict=True)]
         beta = _length(rest)
         alphas.append(alpha)
-        if not all(map(torch.isfinite, torch.tensor([alpha, beta]))):
+        if not math.isfinite(alpha) or not math.isfinite(beta):
             return Eigenvalue(float("nan"), k, float("nan"))
-        T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        T = torch.diag(_numbers(alphas))
         if betas:
-            T += torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
-            T += torch.diag(torch.tensor(betas, dtype=torch.float64), -1)
+            T += torch.diag(_numbers(betas), 1) + torch.diag(_numbers(betas), -1)
         values, vectors = torch.linalg.eigh(T)
         value = values[-1].item()
         residual = beta * abs(vectors[-1, -1].item())
@@ -70,12 +70,17 @@ def largest_eigenvalue(
 
 
 def _dot(one: Sequence[Tensor], two: Sequence[Tensor]) -> float:
-    sums = [(a.flatten() @ b.flatten()).double().cpu() for a, b in zip(one, two, strict=True)]
-    return torch.stack(sums).sum().item()
+    # Added up on the CPU after one wait: some devices have no float64.
+    sums = [torch.dot(a.flatten(), b.flatten()).to(one[0].device) for a, b in zip(one, two, strict=True)]
+    return torch.stack(sums).cpu().double().sum().item()
 
 
 def _length(vectors: Sequence[Tensor]) -> float:
     return _dot(vectors, vectors) ** 0.5
+
+
+def _numbers(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _times(vectors: Sequence[Tensor], factor: float) -> list[Tensor]:

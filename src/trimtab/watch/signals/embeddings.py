@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.reparam.carried import whole
+from trimtab.reparam.carried import is_sharded, whole
 from trimtab.reparam.layers import Reparametrized
-from trimtab.watch.signals.norms import is_sharded
 
 # Rows are widened to float32 so many numbers at a time.
 _AT_ONCE = 2**24
@@ -57,7 +56,8 @@ def token_embedding_variability(embedding_weight: Tensor) -> TokenEmbeddingVaria
 def embedding_variability(model: nn.Module) -> dict[str, TokenEmbeddingVariability]:
     """TEV of every nn.Embedding of a model, by the dotted name of the module; of converted ones, of the table in use.
 
-    Tables that several modules share are reported once, those without values not at all.
+    Tables that several modules share are reported once, those without values not at all. The name of the model itself
+    is empty.
     """
     found: dict[str, TokenEmbeddingVariability] = {}
     seen: set[int] = set()
@@ -69,5 +69,5 @@ def embedding_variability(model: nn.Module) -> dict[str, TokenEmbeddingVariabili
         if weight.is_meta or weight.numel() == 0 or not weight.is_floating_point():
             continue
         in_use = module.scaled("weight") if isinstance(module, Reparametrized) else weight
-        found[name or "(root)"] = token_embedding_variability(in_use)
+        found[name] = token_embedding_variability(in_use)
     return found

@@ -3,14 +3,15 @@
 Shape letters: B batch, H heads, L queries, S keys, D features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.attention.bound import unchecked_lower_bound
-from trimtab.attention.entropy import AttentionStats, stats_and_keys
-from trimtab.attention.logits import ScoreMod
+from trimtab.attention.checks import described
+from trimtab.attention.measure import measured
+from trimtab.attention.stats import AttentionStats
 
 
 class HeadStats(NamedTuple):
@@ -33,22 +34,9 @@ class HeadStats(NamedTuple):
     bound: Tensor
 
 
-def head_stats(
-    query: Tensor,
-    key: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    softcap: float | None = None,
-    score_mod: ScoreMod | None = None,
-) -> HeadStats:
-    """Statistics of each head of one attention call; arguments and errors as for `trimtab.attention_stats`.
-
-    A query of shape (B..., H, L, D) has H heads; one of shape (B, L, D) or (L, D) is taken as a single head.
-    """
-    return per_head_stats(*stats_and_keys(query, key, attn_mask, is_causal, scale, enable_gqa, softcap, score_mod))
+def head_stats(query: Tensor, key: Tensor, **options: Any) -> HeadStats:
+    """Statistics of each head of one attention call; arguments, options and errors are those of `attention_stats`."""
+    return per_head_stats(*measured(described(query, key, **options)))
 
 
 @torch.no_grad()
@@ -56,9 +44,13 @@ def per_head_stats(stats: AttentionStats, keys: Tensor) -> HeadStats:
     """Summarize the queries of every head.
 
     Args:
-        stats: of shape (B..., H, L); (B, L) or (L,) is taken as a single head.
+        stats: of shape (B..., H, L); (L,) alone is one head.
         keys: how many keys each query may see, broadcastable to that shape.
     """
+    if not stats.entropy.numel():  # an empty batch: heads, and no number of any
+        heads = stats.entropy.shape[-2] if stats.entropy.ndim > 1 else 1
+        nothing = stats.entropy.new_full((heads,), torch.nan)
+        return HeadStats(*(nothing for _ in HeadStats._fields))
     keys = keys.to(stats.entropy).expand(stats.entropy.shape)
     sees, choice = keys >= 1, keys >= 2
     share = stats.entropy / keys.clamp(min=2).log()
@@ -72,14 +64,19 @@ def per_head_stats(stats: AttentionStats, keys: Tensor) -> HeadStats:
 
 def _per_head(numbers: Tensor) -> Tensor:
     """(some, B..., H, L) as (some, H, everything else)."""
-    if numbers.ndim < 4:
-        return numbers.reshape(len(numbers), 1, -1)
+    if numbers.ndim == 2:
+        return numbers.unsqueeze(1)
     return numbers.movedim(-2, 1).flatten(2)
 
 
 def merge(calls: list[HeadStats]) -> HeadStats:
-    """One `HeadStats` for several calls: means are averaged, each call with the same weight; logits are maxed."""
+    """One `HeadStats` for several calls: means are averaged, each call with the same weight; logits are maxed.
+
+    A call in which a head had no number (no query had a choice) is left out; NaN of logits that are NaN stays.
+    """
     if len(calls) == 1:
         return calls[0]
-    mean = HeadStats(*(torch.stack(numbers).mean(0) for numbers in zip(*calls, strict=True)))
-    return mean._replace(max_logit=torch.stack([call.max_logit for call in calls]).amax(0))
+    fields = HeadStats(*(torch.stack(numbers) for numbers in zip(*calls, strict=True)))
+    broken = (fields.max_logit.isnan() & fields.entropy.isnan()).any(0)
+    mean = HeadStats(*(torch.where(broken, torch.nan, numbers.nanmean(0)) for numbers in fields))
+    return mean._replace(max_logit=fields.max_logit.amax(0))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trimtab.reparam.carried import is_sharded
+
 # torch's float32 norm of 16 million numbers on CPU is off by 6e-4, as it adds them up one by one. Norms of short rows,
 # put together in float64, are good to 1e-7 and no slower.
 _ROW = 1024
@@ -27,11 +29,6 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     tensors = [_added_up(tensor) for tensor in tensors]
     return _of_all_pieces(_own_norms([_numbers(tensor) for tensor in tensors]), tensors)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor, spread over processes."""
-    return hasattr(tensor, "placements")
 
 
 def _added_up(tensor: Tensor) -> Tensor:

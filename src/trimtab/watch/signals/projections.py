@@ -35,7 +35,7 @@ class QKWeights(NamedTuple):
 
 @torch.no_grad()
 def qk_weights(model: nn.Module, heads: Mapping[str, int] | None = None) -> dict[str, QKWeights]:
-    """W_q and W_k of every attention module whose projections are known, by its dotted name, detached.
+    """W_q and W_k of every attention module whose projections are known, by its dotted name, or "" for the model.
 
     Known are nn.MultiheadAttention (packed or not); modules that hold one linear layer for queries and one for keys
     under the usual names (q_proj, query, to_q, wq ...); and fused layers (qkv, c_attn, query_key_value ...) in the
@@ -57,7 +57,7 @@ def qk_weights(model: nn.Module, heads: Mapping[str, int] | None = None) -> dict
         else:
             weights = _of_holder(module, (heads or {}).get(name))
         if weights is not None:
-            found[name or "(root)"] = QKWeights(*(weight.detach() for weight in weights))
+            found[name] = QKWeights(*(weight.detach() for weight in weights))
     return found
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import Optimizer
 
+from trimtab.reparam.carried import is_sharded
+from trimtab.watch.kept import modules_kept, random_states_kept
 from trimtab.watch.signals.eigenvalue import Product, largest_eigenvalue
-from trimtab.watch.signals.norms import is_sharded
 
 
 class Sharpness(NamedTuple):
@@ -51,7 +52,8 @@ def sharpness(
 
     The closure is called once; every product is one backward through the gradient it leaves, so dropout masks and
     batch are the same in all of them. Attention runs through PyTorch's math back-end, the one that can be derived
-    twice. Kept as they were: gradients, the global random states, and the buffers of `model`.
+    twice. Kept as they were: gradients, the random states of torch, Python and NumPy, and, in `model`, buffers and
+    attributes that are numbers or tensors.
 
     Costs one forward, one backward with its graph, and twice a backward for each product; memory for that graph and
     four times the parameters.
@@ -61,25 +63,29 @@ def sharpness(
         params: the parameters to take the Hessian in; those that need no gradient, or that the loss does not use,
             count as constants.
         optimizer: whose limits are wanted, and whose second moments precondition.
-        model: whose buffers the closure may change, such as running means of BatchNorm.
+        model: whose buffers and attributes the closure may change, such as running means of BatchNorm.
         iterations: most Hessian-vector products for each eigenvalue.
         tolerance: relative residual at which the iteration ends; the error of the eigenvalue is far smaller, about
             its square times the eigenvalue over the gap.
-        seed: of the random numbers the closure draws, and of the first vector.
+        seed: of the random numbers the closure draws (by torch, Python's `random` and NumPy's global generator), and
+            of the first vector.
 
     Raises:
         TypeError: the closure returns no tensor.
         ValueError: the loss is no single number or has no graph, the closure calls backward, no parameter is used,
-            or parameters are sharded.
+            parameters are sharded, or iterations or tolerance are not positive.
         RuntimeError: an operation in the closure cannot be derived twice (torch's own error).
     """
+    if iterations < 1 or not tolerance > 0:
+        raise ValueError(f"expected iterations >= 1 and tolerance > 0, got {iterations} and {tolerance}")
     wanted = [p for p in params if p.requires_grad]
     if any(map(is_sharded, wanted)):
         raise ValueError("expected whole parameters, got sharded ones (DTensors), through which nothing derives twice")
     with ExitStack() as stack:
         stack.enter_context(_gradients_kept(wanted))
-        stack.enter_context(_buffers_kept(model))
-        stack.enter_context(_random_states_kept(wanted, seed))
+        if model is not None:
+            stack.enter_context(modules_kept(model))
+        stack.enter_context(random_states_kept(wanted, seed))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         used, gradients = _gradient(closure, wanted)
@@ -198,31 +204,3 @@ def _gradients_kept(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p, gradient in zip(params, before, strict=True):
             p.grad = gradient
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
-    before = [] if model is None else [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, copy in before:
-            if not torch.equal(buffer, copy):
-                buffer.data.copy_(copy)  # past autograd: a graph that waits for its backward may hold the buffer
-
-
-@contextmanager
-def _random_states_kept(params: Sequence[Tensor], seed: int) -> Iterator[None]:
-    """Random numbers from a seed on the parameters' devices and the CPU, and the states as they were afterwards."""
-    kinds: dict[str, set[int]] = {}
-    for p in params:
-        if p.device.type not in ("cpu", "meta") and p.device.index is not None:
-            kinds.setdefault(p.device.type, set()).add(p.device.index)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.default_generator.manual_seed(seed)
-        for kind, indices in kinds.items():
-            stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
-            for index in indices:
-                getattr(torch, kind).default_generators[index].manual_seed(seed)
-        yield

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.spectral import Leading, full_precision, leading, thin_product
-from trimtab.watch.signals.norms import is_sharded, norms
+from trimtab.reparam.carried import is_sharded
+from trimtab.spectral import Leading, exact_products, leading, thin_product
+from trimtab.watch.signals.norms import norms
 
 # A weight of fewer entries is copied beside others of its shape: one product for all of them then costs less than the
 # launch of one for each.
@@ -74,8 +75,8 @@ class SigmaTracker:
         followed = set() if exact else set(self._bases)
         sigmas: dict[str, float] = {}
         with ExitStack() as contexts:
-            for tensor in {matrix.device.type: matrix for matrix in matrices.values()}.values():
-                contexts.enter_context(full_precision(tensor))
+            for device_type in {matrix.device.type for matrix in matrices.values()}:
+                contexts.enter_context(exact_products(device_type))
             for sharded in (False, True):
                 known = [stack for stack in stacks if stack in followed and stack.sharded == sharded]
                 names = [name for stack in known for name in stack.names]

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trimtab.spectral import full_precision
+from trimtab.spectral import exact_products
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def qk_energy(query_weight: Tensor, key_weight: Tensor, top: int = 1) -> Tensor:
         ValueError: for other shapes, or top < 1.
     """
     _check(query_weight, key_weight, top)
-    with full_precision(query_weight):
+    with exact_products(query_weight.device.type):
         query, key = _triangle(query_weight), _triangle(key_weight)
         key = key.repeat_interleave(len(query) // len(key), dim=0)
         product = query @ key.mT

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from trimtab.watch.taps.entries import Hook
 from trimtab.watch.watch import Watch
 
 
@@ -69,7 +70,7 @@ class TrimtabCallback(TrainerCallback):
         self.watch.__enter__()
         # A loss divided by the number of items on all processes: Trainer multiplies it again before DDP averages.
         self._processes = args.world_size if args.average_tokens_across_devices else 1
-        self._hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._hook = model.register_forward_hook(Hook(self._after_forward), with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End one optimiser step."""
@@ -88,7 +89,7 @@ class TrimtabCallback(TrainerCallback):
         return self.watch is not None and self._hook is not None and self.watch.next_step_is_logged
 
     def _after_forward(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or not model.training or not self._wanted:
+        if not model.training or not self._wanted:
             return
         loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.numel() == 1:

@@ -15,7 +15,9 @@ class WandbSink:
 
         tt.Watch(model, "runs/gpt", sinks=[WandbSink("my-project", dir="runs")])
 
-    Offline by default: nothing leaves the machine until you run `wandb sync`. The names are those of
+    Offline by default: nothing leaves the machine until you run `wandb sync`. For that the environment variable
+    WANDB_ERROR_REPORTING is set to "false" for the whole process, unless it is set already; wandb has no other way to
+    say it. The names are those of
     `trimtab.watch.sinks.scalars.scalars` after "trimtab/", drawn against "trimtab/step", so that they live beside
     whatever else the run logs. A new run is begun with the first line, so in a run of several processes by the one
     that writes.

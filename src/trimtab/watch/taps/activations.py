@@ -11,8 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from trimtab.watch.signals.activations import mean_square, mean_square_log_z
 from trimtab.watch.taps.compiled import is_compiled
-from trimtab.watch.taps.entries import Hook
+from trimtab.watch.taps.entries import Hook, recomputes_or_captures
 from trimtab.watch.taps.forward import dotted_names
+
+# So many forwards may hide their logits (a warmup that returns something else) before they are given up.
+_FORWARDS_WITHOUT_LOGITS = 5
 
 
 class ActivationReading(NamedTuple):
@@ -32,14 +35,17 @@ class ActivationTap:
 
     Blocks are those `residual_blocks` finds. Logits are the output's ``logits`` (attribute or key) or else, where the
     model returns the very tensor that one of its linear layers made, alone or first in a tuple, that tensor. Several
-    forwards are averaged; forwards in eval mode and activations recomputed in the backward are not counted.
+    forwards are averaged; forwards in eval mode, without gradients or with an error, and activations recomputed in the
+    backward are not counted.
     """
 
     def __init__(self, model: nn.Module, wanted: Callable[[], bool]) -> None:
         self._model, self._wanted = model, wanted
         self._blocks: dict[str, nn.Module] | None = None
         self._linears: list[nn.Module] | None = None  # those whose output may be the logits; all until they were found
+        self._forwards = 0  # that were looked at
         self._squares: dict[str, list[Tensor]] = {}
+        self._pending: list[tuple[str, Tensor]] = []  # of the forward that is going on
         self._z_squares: list[Tensor] = []
         self._looking = False  # during a forward that is wanted
         self._made: dict[int, tuple[nn.Module, weakref.ref[Tensor]]] = {}  # outputs of linear layers, by id
@@ -64,9 +70,8 @@ class ActivationTap:
 
     def _enter(self, *_: object) -> None:
         self._end()  # a forward that was interrupted by Ctrl-C has not left
-        # Inside a backward this is a recomputation for activation checkpointing, seen already.
-        recomputes = torch._C._current_graph_task_id() != -1
-        if not self._model.training or recomputes or not self._wanted():
+        trains = self._model.training and torch.is_grad_enabled()
+        if not trains or recomputes_or_captures() or not self._wanted():
             return
         if any(map(is_compiled, self._model.modules())) and not _eager_is_forced():
             return  # a hook on a part of compiled code would have it compiled again
@@ -85,7 +90,7 @@ class ActivationTap:
         tensor = _first_tensor(output)
         square = None if tensor is None else _unless_it_fails(mean_square, tensor)
         if square is not None:
-            self._squares.setdefault(name, []).append(square)
+            self._pending.append((name, square))
 
     def _keep(self, linear: nn.Module, _: object, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -93,8 +98,14 @@ class ActivationTap:
 
     def _leave(self, _module: nn.Module, _args: object, output: Any) -> None:
         if self._looking and output is not None:  # it has not raised
+            for name, found in self._pending:
+                self._squares.setdefault(name, []).append(found)
             logits, maker = self._logits(output)
-            self._linears = [maker] if maker is not None else []  # who else to ask in the forwards to come
+            self._forwards += 1
+            if maker is not None:
+                self._linears = [maker]  # who else to ask in the forwards to come
+            elif self._forwards >= _FORWARDS_WITHOUT_LOGITS:
+                self._linears = []
             square = None if logits is None else _unless_it_fails(mean_square_log_z, logits)
             if square is not None:
                 self._z_squares.append(square)
@@ -115,6 +126,7 @@ class ActivationTap:
         for handle in handles:
             handle.remove()
         self._made.clear()
+        self._pending.clear()
 
 
 def residual_blocks(model: nn.Module) -> list[nn.Module]:

@@ -5,10 +5,9 @@ The compiled call itself is left alone: nothing in it changes from step to step,
 
 import copy
 import gc
-import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from types import FunctionType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from trimtab.watch import kept
 from trimtab.watch.taps import flex
 
 
@@ -57,8 +57,9 @@ def run_unnoticed(run: Callable[..., object], model: nn.Module, args: tuple[Any,
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_random_states_kept(model, args, kwargs))
-        stack.enter_context(_modules_kept(model))
+        tensors = [*model.parameters(), *model.buffers(), *_tensors((args, kwargs))]
+        stack.enter_context(kept.random_states_kept(tensors))
+        stack.enter_context(kept.modules_kept(model))
         args, kwargs = _copied((args, kwargs))
         run(*args, **kwargs)
 
@@ -75,44 +76,6 @@ def _is_compiled_function(value: object) -> bool:
     return inner is not None and inner not in flex.functions()
 
 
-@contextmanager
-def _random_states_kept(model: nn.Module, *inputs: object) -> Iterator[None]:
-    tensors = [*model.parameters(), *model.buffers(), *_tensors(inputs)]
-    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
-    numpy = sys.modules.get("numpy.random")
-    states = random.getstate(), numpy and numpy.get_state()
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in sorted({device.type for device in devices}):
-            if hasattr(getattr(torch, kind, None), "get_rng_state"):
-                stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind))
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            if numpy is not None:
-                numpy.set_state(states[1])
-
-
-@contextmanager
-def _modules_kept(model: nn.Module) -> Iterator[None]:
-    """Let the modules hold copies of their buffers for a while, and have the numbers they keep as attributes back."""
-    modules = list(model.modules())
-    buffers = [dict(module._buffers) for module in modules]
-    copies: dict[int, Tensor] = {}
-    numbers = [{n: x for n, x in vars(module).items() if isinstance(x, int | float | Tensor)} for module in modules]
-    try:
-        for module in modules:
-            module._buffers.update({name: _copy(buffer, copies) for name, buffer in module._buffers.items()})
-        yield
-    finally:
-        for module, own_buffers, own_numbers in zip(modules, buffers, numbers, strict=True):
-            for name in module._buffers.keys() - own_buffers.keys():
-                del module._buffers[name]
-            module._buffers.update(own_buffers)
-            vars(module).update(own_numbers)
-
-
 def _tensors(inputs: object) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
@@ -123,16 +86,7 @@ def _copied(inputs: Any) -> Any:
 
     def copied(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return _copy(leaf, copies)
+            return kept.copied(leaf, copies)
         return leaf if isinstance(leaf, nn.Module) else copy.deepcopy(leaf, copies)
 
     return _pytree.tree_map(copied, inputs)
-
-
-def _copy(tensor: Tensor | None, copies: dict[int, Any]) -> Tensor | None:
-    """The same copy for the same tensor."""
-    if tensor is None:
-        return None
-    if id(tensor) not in copies:
-        copies[id(tensor)] = tensor.detach().clone()
-    return copies[id(tensor)]

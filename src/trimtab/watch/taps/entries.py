@@ -1,5 +1,6 @@
 """The ways into a model: where the program calls it, and a tap can learn that a forward begins."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,23 @@ Inputs = tuple[Any, ...]
 Options = dict[str, Any]
 
 
+def recomputes_or_captures() -> bool:
+    """Whether what runs now is nothing to look at.
+
+    Inside a backward it is a recomputation for activation checkpointing, seen already. While a CUDA graph is
+    captured nothing may be read, or the capture fails; what is traced would take our operations for the model's.
+    """
+    captures = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return captures or torch._C._is_tracing() or torch._C._current_graph_task_id() != -1
+
+
 class Entries:
     """Calls one pair of functions around every forward of a model, another around every call of a compiled copy.
 
     Args:
         model: the model.
         enter: called with the arguments of a forward that runs as plain Python.
-        leave: called after it, also when it raised.
+        leave: called after it, with whether it ended well. After Ctrl-C torch does not call it.
         enter_compiled: called before compiled code runs, with an eager function that does the same, and the arguments.
         leave_compiled: called after it, also when it raised.
     """
@@ -28,16 +39,22 @@ class Entries:
         self,
         model: nn.Module,
         enter: Callable[[Inputs, Options], None],
-        leave: Callable[[], None],
+        leave: Callable[[bool], None],
         enter_compiled: Callable[[Callable[..., object], Inputs, Options], None],
         leave_compiled: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._enter_compiled, self._leave_compiled = model, enter_compiled, leave_compiled
         self._wrapped: list[nn.Module] = []  # by torch.compile, apart from the model
         self._in_place: _Compiled | None = None
+        self._error: BaseException | None = None  # that was being handled when the forward began
+
+        def before(_: nn.Module, args: Inputs, kwargs: Options) -> None:
+            self._error = sys.exc_info()[1]
+            enter(args, kwargs)
+
         self._hooks: list[RemovableHandle] = [
-            model.register_forward_pre_hook(Hook(lambda _, args, kwargs: enter(args, kwargs)), with_kwargs=True),
-            model.register_forward_hook(Hook(lambda *_: leave()), always_call=True),
+            model.register_forward_pre_hook(Hook(before), with_kwargs=True),
+            model.register_forward_hook(Hook(lambda *_: leave(sys.exc_info()[1] is self._error)), always_call=True),
         ]
         self.renew()
 

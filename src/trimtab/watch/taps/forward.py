@@ -15,8 +15,7 @@ from trimtab.watch.taps import returned
 from trimtab.watch.taps.backend import BackEnd, Call
 
 # Wrappers that hold a module under a name of their own.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-_DATA_PARALLEL = ("DistributedDataParallel", "DataParallel")
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 class Mark(NamedTuple):
@@ -121,7 +120,7 @@ def plain_name(model: nn.Module) -> Callable[[str], str]:
     data_parallel = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
 
     def plain(name: str) -> str:
-        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        parts = [part for part in name.split(".") if part not in WRAPPERS]
         return ".".join(parts[1:] if data_parallel and parts[0] == "module" else parts)
 
     return plain

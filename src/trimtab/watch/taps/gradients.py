@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from trimtab.reparam.carried import is_sharded
 from trimtab.watch.signals.gradients import GradientNoise, gradient_noise
-from trimtab.watch.signals.norms import is_sharded, norms
-from trimtab.watch.taps.entries import Entries
+from trimtab.watch.signals.norms import norms
+from trimtab.watch.taps.entries import Entries, recomputes_or_captures
 
 # Sums of floats over processes may differ in their last digits; gradients of different batches differ in the first.
 _SAME = 1e-5
@@ -63,7 +65,8 @@ class GradientTap:
 
     Hooks are there on steps that are wanted only, and leave every gradient as it is. Nothing is seen of parameters
     that get their gradients otherwise (FSDP2, tensor parallel, `torch.autograd.grad`), nor of a parameter that gets
-    its in several pieces (reentrant checkpointing of layers that share it). Under a GradScaler the squares carry the
+    its in several pieces (reentrant checkpointing of layers that share it), nor of a step in which gradients are zeroed
+    or changed between backwards (SAM, closures). Under a GradScaler the squares carry the
     square of its scale.
     """
 
@@ -71,12 +74,13 @@ class GradientTap:
         self._model, self._wanted = model, wanted
         self._hooks: list[RemovableHandle] = []  # on parameters, during a step that is wanted
         self._clear()
-        self._entries = Entries(model, lambda *_: self._enter(), lambda: None, lambda *_: self._enter())
+        self._entries = Entries(model, lambda *_: self._enter(), lambda _: None, lambda *_: self._enter())
 
     def take(self) -> MicroBatches | None:
         """What was seen since the last time; None where no gradient was, or the parts cannot be told."""
         count = max(self._counts.values(), default=0)
         told = 0 < count <= self._forwards and self._square_of_sum is not None and not self._failed
+        told = told and all(torch.equal(*pair) for pair in self._kept)
         squares = torch.stack([square.cpu().double() for square in self._squares]).sum().item() if told else 0.0
         seen = MicroBatches(count, squares, self._square_of_sum or 0.0) if told else None
         self._clear()
@@ -96,19 +100,20 @@ class GradientTap:
         self._counts: Counter[Tensor] = Counter()
         self._squares: list[Tensor] = []
         self._square_of_sum: float | None = None
+        self._sums: dict[Tensor, Tensor] = {}  # squared norm of each gradient after the last backward
+        self._kept: list[tuple[Tensor, Tensor]] = []  # the same, and what the next backward found there
         self._backward = -1
         self._failed = False
 
     def _enter(self) -> None:
         """A forward begins."""
-        recomputes = torch._C._current_graph_task_id() != -1
-        if recomputes or not torch.is_grad_enabled() or not self._wanted():
+        if recomputes_or_captures() or not torch.is_grad_enabled() or not self._wanted():
             return
         self._forwards += 1
         if self._hooks:
             return
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        if not any(map(is_sharded, trained)):
+        if all(p.is_leaf and not is_lazy(p) and not is_sharded(p) for p in trained):
             see, added = self._unless_it_fails(self._see), self._unless_it_fails(self._added)
             self._hooks = [p.register_hook(lambda gradient, p=p: see(p, gradient)) for p in trained]
             self._hooks += [p.register_post_accumulate_grad_hook(added) for p in trained]
@@ -116,6 +121,10 @@ class GradientTap:
     def _see(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """A backward has a gradient for a parameter; the hook's None leaves it as it is."""
         self._coming[parameter] = _square(gradient)
+        if self._counts[parameter] and torch._C._current_graph_task_id() != self._backward:
+            # Where a program has zeroed or changed what the last backward left, the end is not the sum of the parts.
+            found = torch.zeros_like(self._sums[parameter]) if parameter.grad is None else _square(parameter.grad)
+            self._kept.append((self._sums[parameter], found))
 
     def _added(self, parameter: Tensor) -> None:
         """It was added to the parameter's; what `torch.autograd.grad` returns to its caller never is."""
@@ -140,8 +149,9 @@ class GradientTap:
         return safe
 
     def _see_sum(self) -> None:
-        gradients = [p.grad for p in self._counts if p.grad is not None]
-        self._square_of_sum = float(norms(gradients).square().sum())
+        gradients = {p: p.grad for p in self._counts if p.grad is not None}
+        self._square_of_sum = float(norms(list(gradients.values())).square().sum())
+        self._sums = {p: _square(gradient) for p, gradient in gradients.items()}
 
 
 @torch.no_grad()

@@ -5,14 +5,14 @@ With `need_weights=False` a module calls `scaled_dot_product_attention` and the 
 then they are projected once more from the module's inputs.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.attention.stats import AttentionStats
-from trimtab.attention.varlen import attention_stats_varlen
+from trimtab.attention.varlen import varlen_stats_and_keys
 from trimtab.reparam.multihead import MultiheadAttention as Converted
 from trimtab.watch.signals import HeadStats, head_stats
 from trimtab.watch.signals.heads import per_head_stats
@@ -97,10 +97,8 @@ def _nested_stats(module: Any, x: Tensor) -> HeadStats:
     packed = torch.cat(sequences)  # (all tokens, E)
     q, k = _project(module, packed, packed, packed)
     q, k = (part.unflatten(-1, (module.num_heads, -1)) for part in (q, k))  # (T, H, D)
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=x.device)
-    ends = F.pad(lengths.cumsum(0), (1, 0))
-    stats = attention_stats_varlen(q, k, ends, ends)  # each (H, T)
-    return per_head_stats(AttentionStats(*(numbers[None] for numbers in stats)), lengths.repeat_interleave(lengths))
+    ends = list(accumulate(map(len, sequences), initial=0))
+    return per_head_stats(*varlen_stats_and_keys(q, k, ends, ends))
 
 
 def _inner(call: Call) -> nn.Module | None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from trimtab.reparam.carried import is_sharded
 from trimtab.watch.signals.gradients import gradient_norm
-from trimtab.watch.signals.norms import is_sharded, norms
+from trimtab.watch.signals.norms import norms
+from trimtab.watch.taps.entries import recomputes_or_captures
 
 
 class OptimizerReading(NamedTuple):
@@ -64,7 +66,7 @@ class OptimizerTap:
         self._before = {}
 
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self._wanted():
+        if torch.compiler.is_compiling() or recomputes_or_captures() or not self._wanted() or _is_skipped(optimizer):
             return
         held = self._held(optimizer)
         if not held:
@@ -121,6 +123,12 @@ def _update_ratios(copies: _Copies) -> dict[str, float]:
 
 def _is_weight(parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and parameter.is_floating_point() and not parameter.is_meta
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has told a fused optimiser to leave the weights as they are."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -29,9 +29,13 @@ def _stats(  # the signature of torch's function, which cannot be asked for its 
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> HeadStats:
+    query, key = as_attention_sees(query), as_attention_sees(key)
+    if max(query.ndim, key.ndim) == 3 and not enable_gqa:  # (B, L, D), a single head
+        query, key = query.unsqueeze(-3), key.unsqueeze(-3)
+        attn_mask = attn_mask if attn_mask is None else attn_mask.unsqueeze(-3)
     return head_stats(
-        as_attention_sees(query),
-        as_attention_sees(key),
+        query,
+        key,
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
