@@ -17,9 +17,9 @@ fitted, but for the margin over the healthy runs: see docs/alarms.md):
             on the loss alone tells); the first from which on smooth stays as far above its own lowest so far
 
 An alarm predicts a failure when it is raised at an earlier logged step. Recall is the share of failed runs that a
-predictive alarm (see PREDICTIVE: none looks at the loss) predicts; it is
-also given without the runs that fail within their first twentieth, where there is nothing to read yet. A false alarm
-is a healthy run that raises one, at any step. Thresholds are fitted on the healthy runs alone: of a grid, the most
+predictive alarm (those of PREDICTIVE: about heads and weights) predicts; it is also given without the runs that fail
+within their first twentieth, where there is hardly anything to read yet. A false alarm is a healthy run that raises
+one, at any step. Thresholds are fitted on the healthy runs alone: of a grid, the most
 sensitive choice that leaves one step of the grid to the last one that alarms a healthy run. They are fitted on two
 tasks and reported on the third, and then, for `trimtab.watch.alarms.Thresholds`, on all three.
 
@@ -53,7 +53,10 @@ GRID: dict[str, tuple[str, tuple[Any, ...]]] = {
     "collapse_entropy": ("entropy collapse", (0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.015, 0.01)),
     "max_logit": ("logit growth", (100.0, 150.0, 200.0, 300.0, 500.0, 700.0, 1e3, 1.5e3, 2e3, 3e3, 5e3, 7e3, 1e4)),
     "sigma_growth": ("sigma growth", (1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.5, 3.0, 3.5, 4.0, 5.0)),
-    "update_ratio": ("large updates", (0.1, 0.112, 0.125, 0.14, 0.16, 0.18, 0.2, 0.224, 0.25, 0.28, 0.315)),
+    "update_ratio": (
+        "large updates",
+        (0.056, 0.063, 0.07, 0.08, 0.09, 0.1, 0.112, 0.125, 0.14, 0.16, 0.18, 0.2, 0.224),
+    ),
     "dead_lines": ("dead head", (10, 15, 20, 30, 40)),
 }
 

@@ -1,6 +1,6 @@
 """What watching costs: whole training runs, watched and unwatched in turn, and whether their weights end bit-identical.
 
-    python benchmarks/watch_cost.py            # about 25 minutes on 2 cores
+    python benchmarks/watch_cost.py            # about a quarter of an hour on 2 cores
     python benchmarks/watch_cost.py --quick    # does it run? half a minute, no numbers worth keeping
 
 A run is its steps (forward, backward, fused AdamW) and nothing else, on data made before, with denormals flushed to
@@ -8,7 +8,7 @@ zero; the watched one opens its Watch, logs with the default signals, and closes
 Printed is the median of the paired ratios watched / unwatched, smallest and largest beside it, for
 
   ViT    the digits ViT of `trimtab train vit-digits`: 0.2 million parameters, batch 64, 17 tokens
-  GPT    4 blocks, 256 wide, 4 heads, 8 texts of 256 tokens: 3.4 million parameters
+  GPT    4 blocks, 256 wide, 4 heads, 8 texts of 128 tokens: 3.5 million parameters
 
 each eager at every=20 and every=1, plain and with sigma-Reparam, and the GPT with compiled blocks. With every=1 each of
 the run's steps is logged, so a shorter run will do. Writes results/watch_cost.json.
@@ -75,7 +75,7 @@ def subject(name: str, quick: bool) -> Subject:
     if name == "ViT":
         images = [torch.randn(64, 1, 8, 8) for _ in range(8)]
         return Subject(ViT(vit_digits().model), [(x, torch.randint(10, (64,))) for x in images])
-    context, width = (32, 64) if quick else (256, 256)
+    context, width = (32, 64) if quick else (128, 256)
     texts = [torch.randint(512, (8, context + 1)) for _ in range(8)]
     return Subject(GPT(512, context, width, 4, 4), [(x[:, :-1], x[:, 1:]) for x in texts])
 
@@ -89,15 +89,15 @@ class Case(NamedTuple):
 
 
 CASES = [  # the most telling first
-    Case("GPT", 20, 60),
-    Case("GPT", 1, 20),
+    Case("GPT", 20, 40),
+    Case("GPT", 1, 16),
     Case("ViT", 20, 200),
     Case("ViT", 1, 60),
     Case("ViT", 20, 200, sigma=True),
     Case("ViT", 1, 60, sigma=True),
-    Case("GPT", 1, 20, sigma=True),
-    Case("GPT", 20, 60, compiled=True),
-    Case("GPT", 20, 60, sigma=True),
+    Case("GPT", 1, 16, sigma=True),
+    Case("GPT", 20, 40, compiled=True),
+    Case("GPT", 20, 40, sigma=True),
 ]
 
 

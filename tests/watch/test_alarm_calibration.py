@@ -28,7 +28,7 @@ def test_the_tallies_follow_from_the_runs(results: dict[str, Any]) -> None:
     runs = results["runs"]
     assert len({run["run"] for run in runs}) == len(runs) >= 60
     assert {run["run"].split("_")[0] for run in runs} == {"digits", "shakespeare", "reverse"}
-    predictive = {"entropy collapse", "logit growth", "sigma growth", "dead head"}
+    predictive = {"entropy collapse", "logit growth", "sigma growth", "large updates", "dead head"}
     failed = [run for run in runs if run["outcome"] == "failed"]
     healthy = [run for run in runs if run["outcome"] == "healthy"]
     first = {run["run"]: min((run["alarms"][k] for k in predictive & set(run["alarms"])), default=None) for run in runs}

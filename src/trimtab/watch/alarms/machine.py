@@ -36,6 +36,8 @@ class Alarms:
         self._losses: list[float] = []
         self._past_sigmas: list[tuple[int, dict[str, float]]] = []  # (step, sigma by weight), oldest first
         self._streaks: dict[str, dict[str, tuple[int, int]]] = {}  # kind -> place -> (since, lines running)
+        self._lr = math.nan  # the largest of the last line
+        self._began_dead: bool | None = None  # whether many heads were dead when heads were first seen
         self._energies: dict[str, float] = {}  # the last qk_energy of every head: it is not on every line
         self._told: dict[str, int] = {}  # kind -> places out of bounds when it was last raised
 
@@ -60,6 +62,8 @@ class Alarms:
             "streaks": {
                 kind: {place: list(run) for place, run in runs.items()} for kind, runs in self._streaks.items()
             },
+            "lr": self._lr,
+            "began_dead": self._began_dead,
             "energies": dict(self._energies),
             "told": dict(self._told),
         }
@@ -75,6 +79,7 @@ class Alarms:
             kind: {place: (since, lines) for place, (since, lines) in runs.items()}
             for kind, runs in state["streaks"].items()
         }
+        self._lr, self._began_dead = float(state["lr"]), state["began_dead"]
         self._energies = {head: float(energy) for head, energy in state["energies"].items()}
         self._told = dict(state["told"])
 
@@ -85,8 +90,14 @@ class Alarms:
         before = list(self._losses)
         loss = float(line["loss"])
         smooth = self._take_in(loss)
-        span = max(self._first_loss - self._lowest, _FLAT * abs(self._first_loss))
+        # In this order: there is no lowest loss at first, and of a number and NaN max takes the first.
+        span = max(_FLAT * abs(self._first_loss), self._first_loss - self._lowest)
+        change = rules.loss_change(self._losses, span)
         limits = self.thresholds
+        last_lr, self._lr = self._lr, max(map(float, line.get("lr", [])), default=math.nan)
+        learns = change < -limits.loss_change or self._lr > last_lr
+        if readings and self._began_dead is None:
+            self._began_dead = rules.many_dead(readings, limits)
         return {
             "non-finite": rules.non_finite(line, readings, limits),
             "divergence": rules.divergence(smooth, self._lowest, span, limits),
@@ -94,8 +105,8 @@ class Alarms:
             "entropy collapse": rules.collapse(readings, limits),
             "logit growth": rules.logit_growth(readings, limits),
             "sigma growth": rules.sigma_growth(step, sigmas, past, limits),
-            "large updates": rules.large_updates(line, limits),
-            "dead head": rules.dead(readings, limits),
+            "large updates": rules.large_updates(line, change, limits),
+            "dead head": rules.dead(readings, learns, bool(self._began_dead), limits),
         }
 
     def _take_in(self, loss: float) -> float:

@@ -13,7 +13,8 @@ _NEXT = {
     "logit growth": "Lower the learning rate or warm it up for longer; or bound the logits, with tt.reparametrize_, "
     "QK-norm or a soft cap.",
     "sigma growth": "Lower the learning rate or warm it up for longer, or hold sigma with tt.reparametrize_.",
-    "large updates": "Such steps overwrite what the weights held. Lower the learning rate or warm it up for longer.",
+    "large updates": "Such steps overwrite what the weights held, and the loss rises. Lower the learning rate or warm "
+    "it up for longer.",
     "loss spike": "Look at this batch. If spikes come back, clip the gradients or lower the learning rate.",
     "divergence": "Stop. Go back to a checkpoint from before the loss rose and go on with half the learning rate, or "
     "convert the model with tt.reparametrize_; see in the log which head or weight moved first.",

@@ -32,6 +32,14 @@ class Reading(NamedTuple):
     logit_norm: float = math.nan
     bound: float = math.nan
 
+    @property
+    def broken(self) -> bool:
+        """Whether the logits are not finite.
+
+        Not so are a head that sees no key, whose largest logit is -inf, and one of which only the entropy was seen.
+        """
+        return self.max_logit == math.inf or (math.isnan(self.max_logit) and math.isnan(self.entropy))
+
 
 @dataclass(frozen=True)
 class Alarm:

@@ -18,7 +18,7 @@ class Finding(NamedTuple):
     Attributes:
         out: the places that are out of bounds, each with the number that says so.
         when: (places, lines): an alarm is raised when so many places have been out for so many logged steps running;
-            the first of several that applies.
+            the first of several that applies; without any it is not raised on this line.
         total: how many places were looked at.
         lowest_is_worst: whether the worst place is the one with the lowest number.
     """
@@ -72,13 +72,20 @@ def sigma_growth(
     return Finding(out, (when,), len(grown))
 
 
-def large_updates(line: Mapping[str, Any], thresholds: Thresholds) -> Finding:
-    """Weights that one step changed by a large part of themselves; what counts is their share of all weights."""
+def large_updates(line: Mapping[str, Any], change: float, thresholds: Thresholds) -> Finding:
+    """Weights that one step changed by a large part of themselves; what counts is their share of all weights.
+
+    Args:
+        line: a logged line.
+        change: see `loss_change`. Only while the loss rises is the alarm raised: weights that start small change by
+            much in their first steps, and learn.
+        thresholds: see there.
+    """
     bound, ratios, converted = thresholds.update_ratio, line.get("update_ratio", {}), line.get("gamma", {})
     out = {name: float(ratio) for name, ratio in ratios.items() if name not in converted}
     out = {} if bound is None else {name: ratio for name, ratio in out.items() if ratio > bound}
-    # One line will do: an update is what happened to the weights, no estimate from one batch.
-    return Finding(out, ((math.floor(thresholds.update_share * len(ratios)) + 1, 1),), len(ratios))
+    when = (math.floor(thresholds.update_share * len(ratios)) + 1, thresholds.lines)
+    return Finding(out, (when,) if change > thresholds.loss_change else (), len(ratios))
 
 
 def spike(loss: float, losses: Sequence[float], span: float, thresholds: Thresholds) -> Finding:
@@ -91,6 +98,15 @@ def spike(loss: float, losses: Sequence[float], span: float, thresholds: Thresho
     return Finding({"loss": loss} if rises and spike_score(recent, loss) > bound else {})
 
 
+def loss_change(losses: Sequence[float], span: float) -> float:
+    """The way of the loss from the older half of some losses to the newer, in spans: negative where it falls.
+
+    Each half counts by its median. NaN when there are fewer than two losses, or no span.
+    """
+    half = len(losses) // 2
+    return (median(losses[half:]) - median(losses[:half])) / span if half and span else math.nan
+
+
 def divergence(smooth: float, lowest: float, span: float, thresholds: Thresholds) -> Finding:
     """A loss that has come back up; `smooth` and `lowest` are running medians, NaN while there is none."""
     bound = thresholds.divergence_rise
@@ -98,18 +114,29 @@ def divergence(smooth: float, lowest: float, span: float, thresholds: Thresholds
     return Finding(out, ((1, thresholds.lines),))
 
 
-def dead(readings: Readings, thresholds: Thresholds) -> Finding:
-    """Heads that look at every key alike: many of them for some time, or one for long."""
-    bound = thresholds.dead_entropy
-    out = {} if bound is None else {str(head): r.normalized for head, r in readings.items() if r.normalized > bound}
+def dead(readings: Readings, learns: bool, began_so: bool, thresholds: Thresholds) -> Finding:
+    """Heads that look at every key alike: many of them for some time, or one for long.
+
+    Args:
+        readings: what was seen of the heads.
+        learns: whether the loss falls or the learning rate is being warmed up: then the alarm is not raised.
+        began_so: whether many were dead on the first line, as with small weights: then many are given as long as one.
+        thresholds: see there.
+    """
     many = (_share(thresholds.dead_share, len(readings)), thresholds.dead_lines)
-    return Finding(out, (many, (1, thresholds.dead_lines_one)), len(readings))
+    one = (1, thresholds.dead_lines_one)
+    return Finding(_dead(readings, thresholds), () if learns else (one,) if began_so else (many, one), len(readings))
+
+
+def many_dead(readings: Readings, thresholds: Thresholds) -> bool:
+    """Whether so many heads look at every key alike that "dead head" may be raised for their number."""
+    return len(_dead(readings, thresholds)) >= _share(thresholds.dead_share, len(readings))
 
 
 def non_finite(line: Mapping[str, Any], readings: Readings, thresholds: Thresholds) -> Finding:
     """NaN or inf in the loss, the gradients, the attention logits or the weights."""
     out = {name: float(line[name]) for name in ("loss", "grad_norm") if name in line and not _finite(line[name])}
-    out |= {f"logits of {head}": r.max_logit for head, r in readings.items() if _is_broken(r)}
+    out |= {f"logits of {head}": r.max_logit for head, r in readings.items() if r.broken}
     out |= {name: sigma for name, sigma in effective_sigmas(line).items() if not math.isfinite(sigma)}
     # Gradients alone may be those of a step that a GradScaler skips, as it does now and then: no harm is done.
     lines = thresholds.lines if set(out) == {"grad_norm"} else 1
@@ -122,9 +149,9 @@ def effective_sigmas(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: _largest(gammas.get(name, sigmas)) for name, sigmas in line.get("sigma", {}).items()}
 
 
-def _is_broken(reading: Reading) -> bool:
-    """Not so are a head that sees no key, whose largest logit is -inf, and one of which only the entropy was seen."""
-    return reading.max_logit == math.inf or (math.isnan(reading.max_logit) and math.isnan(reading.entropy))
+def _dead(readings: Readings, thresholds: Thresholds) -> dict[str, float]:
+    bound = thresholds.dead_entropy
+    return {} if bound is None else {str(head): r.normalized for head, r in readings.items() if r.normalized > bound}
 
 
 def _share(share: float, total: int) -> int:

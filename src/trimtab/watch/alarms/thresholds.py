@@ -18,7 +18,7 @@ CONFIDENCE = {
     "entropy collapse": 0.91,
     "logit growth": 0.97,
     "sigma growth": 0.97,
-    "large updates": 0.67,
+    "large updates": 0.96,
     "loss spike": 0.92,
     "divergence": 0.86,
     "dead head": 0.93,
@@ -45,9 +45,9 @@ class Thresholds:
         sigma_share: "sigma growth" is raised when this share of the weights grows too fast. Chosen.
         update_ratio: an update is too large when one step changes a weight by more than this share of its norm; of
             converted weights it does not count, as their size is no matter. Fitted.
-        update_share: "large updates" is raised when on one logged step more than this share of the weights has too
-            large a one; more than half, since weights that begin at zero (half of LoRA's) grow many times over at
-            first. Chosen.
+        update_share: "large updates" is raised when, while the loss rises, more than this share of the weights has too
+            large a one on `lines` logged steps running; more than half, since weights that begin at zero (half of
+            LoRA's) grow many times over at first. Chosen.
         spike_score: "loss spike" is raised when the loss lies above the median of the `spike_lines` losses before it by
             more than this many of their robust standard deviations (`trimtab.watch.signals.losses.spike_score`), and
         spike_rise: by more than this share of the span, the way from the first loss down to the lowest. Both chosen.
@@ -55,9 +55,13 @@ class Thresholds:
         divergence_rise: "divergence" is raised when the median of the last five logged losses lies above the lowest
             such median by this share of the span. Chosen.
         dead_entropy: a head is dead when its normalised entropy is above this: it attends to every key alike. Chosen.
-        dead_share: "dead head" is raised when this share of the heads has been dead for `dead_lines`. Chosen.
+        dead_share: "dead head" is raised when, while neither the loss falls nor the learning rate rises, this share of
+            the heads has been dead for `dead_lines`; where as many were dead on the first line, as with small weights,
+            for `dead_lines_one`. Chosen.
         dead_lines: logged steps running after which it is raised for that share of the heads. Fitted.
         dead_lines_one: logged steps running after which it is raised for any one head. Chosen.
+        loss_change: the loss rises, or falls, when over the last `spike_lines` logged losses (as many as there are) it
+            moves by more than this share of the span: from the median of the older half to that of the newer. Chosen.
         lines: logged steps running for which a head or a weight must be out of bounds, since one batch proves little.
             Chosen.
 
@@ -71,7 +75,7 @@ class Thresholds:
     sigma_growth: float | None = 3.5
     sigma_steps: int = 50
     sigma_share: float = 0.5
-    update_ratio: float | None = 0.25
+    update_ratio: float | None = 0.1
     update_share: float = 0.5
     spike_score: float | None = 8.0
     spike_rise: float = 0.2
@@ -81,6 +85,7 @@ class Thresholds:
     dead_share: float = 0.5
     dead_lines: int = 10
     dead_lines_one: int = 50
+    loss_change: float = 0.05
     lines: int = 2
 
     def __post_init__(self) -> None:
