@@ -14,9 +14,10 @@ from trimtab.attention.logits import Logits, finish_, take
 from trimtab.attention.stats import AttentionStats, RowSums, row_sums_, stats_of
 from trimtab.spectral import exact_products
 
-# Logits held at once, beside scratch of the same size: 1 MB a thread, which stays in its cache, and 2 to 8 MB in
-# all; 16 MB on other devices, where few large steps are faster than many small ones.
-LOGITS_PER_THREAD = 2**18
+# Logits held at once, beside scratch of the same size: 2 MB a thread, 4 to 16 MB in all. Less would stay in the
+# cache nearest to a core, but threads then wait for each other more often than that is worth. 16 MB on other devices,
+# where few large steps are faster than many small ones.
+LOGITS_PER_THREAD = 2**19
 LOGITS_ELSEWHERE = 2**22
 _CAUSAL_ROWS = 128
 

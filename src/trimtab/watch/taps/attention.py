@@ -142,6 +142,7 @@ class AttentionTap:
 
     def _open(self) -> None:
         if self._places is None:
+            self._imported = len(sys.modules)
             self._places = patches.places(self._model)
         self._pending = Seen()
         self._forward = Forward(self._model, self._pending, began=True)
