@@ -1,6 +1,7 @@
 """What watching costs: whole training runs, watched and unwatched in turn, and whether their weights end bit-identical.
 
     python benchmarks/watch_cost.py            # about a quarter of an hour on 2 cores
+    python benchmarks/watch_cost.py --resume   # only the rows that are missing
     python benchmarks/watch_cost.py --quick    # does it run? half a minute, no numbers worth keeping
 
 A run is its steps (forward, backward, fused AdamW) and nothing else, on data made before, with denormals flushed to
@@ -87,6 +88,11 @@ class Case(NamedTuple):
     sigma: bool = False
     compiled: bool = False
 
+    @property
+    def label(self) -> str:
+        kind = (", sigma" if self.sigma else "") + (", compiled" if self.compiled else "")
+        return f"{self.subject}, every={self.every}{kind}"
+
 
 CASES = [  # the most telling first
     Case("GPT", 20, 80),
@@ -135,12 +141,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that this machine has measured")
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
-    rows = []
+    rows = measure.rows_so_far("watch_cost") if arguments.resume else {}
     print(f"{'':4} {'every':>5} {'steps':>5} {'weights':8} {'mode':9} {'same weights':12}  watched / unwatched")
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
+            if case.label in rows:
+                continue
             if arguments.quick:
                 case = case._replace(steps=math.ceil(case.steps / 20))
             start = subject(case.subject, arguments.quick)
@@ -150,7 +159,7 @@ def main() -> None:
             few = case._replace(steps=min(case.steps, 2 * case.every))
             same = same_weights(run(few, start, None), run(few, start, Path(folder) / "run"))
             ratios = measure.paired(unwatched, watched, 1 if arguments.quick else arguments.rounds, "cpu")
-            rows.append({**case._asdict(), "same_weights": same, "ratios": ratios})
+            rows[case.label] = {"steps": case.steps, "same_weights": same, "ratios": ratios}
             weights, mode = ("sigma" if case.sigma else "plain"), ("compiled" if case.compiled else "eager")
             print(
                 f"{case.subject:4} {case.every:5} {case.steps:5} {weights:8} {mode:9} {'yes' if same else 'NO':12}  "
