@@ -43,7 +43,9 @@ class Calls(nn.Module):
 
 
 def told_of_attention(caplog) -> list[str]:
-    return [record.message for record in caplog.records if "attention" in record.message]
+    """Every warning but the one that these tests take no optimiser step."""
+    messages = [record.message for record in caplog.records]
+    return [message for message in messages if not message.startswith("no optimiser step was seen")]
 
 
 def entropy(folder: Path) -> list[float]:
