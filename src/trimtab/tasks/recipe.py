@@ -1,0 +1,113 @@
+"""`Recipe`: everything that decides the numbers of one run, as a typed, frozen config."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+from trimtab.errors import RecipeError
+from trimtab.tasks.task import Task
+
+Optimizer = Literal["adamw", "adam", "sgd", "muon"]
+Schedule = Literal["constant", "cosine", "step"]
+Precision = Literal["32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train, and, in a subclass, what: its `task` makes the model, the data, the loss and the score.
+
+    Attributes:
+        stabilizer: names of `trimtab.stabilizers` with their options, joined by "+": "none", "sigma",
+            "sigma:gamma_init=one+qk-norm".
+        optimizer: "adamw", "adam", "sgd" with momentum 0.9, or "muon" for the hidden matrices with AdamW for the rest.
+        lr: peak learning rate.
+        betas: of Adam and AdamW.
+        weight_decay: the optimiser's weight decay.
+        schedule: "constant"; "cosine", down to zero at the last step; or "step", times `step_factor` every
+            `step_every` steps; all of them after the warmup.
+        step_every: of the step schedule.
+        step_factor: of the step schedule.
+        warmup_steps: steps over which the learning rate rises linearly from zero.
+        clip: largest gradient norm; None leaves gradients as they are.
+        steps: optimiser steps.
+        seconds: training ends after so many seconds, and the schedule runs over them; None for no such limit.
+        batch_size: examples in a step, of all processes and micro-batches together.
+        accumulate: micro-batches in a step.
+        precision: "32", or mixed precision with "bf16" or "fp16" (with loss scaling).
+        ema: decay of an exponential moving average of the weights, which is what is evaluated; None for none.
+        compile: whether the model is compiled.
+        patience: evaluations without a better metric after which training stops, and the best weights are kept; None
+            trains to the end and keeps the last.
+        seed: decides the weights at the start, the order of the examples and all that is random.
+        watch: whether Watch looks on; without it, the log has losses and metrics only.
+        watch_every: steps between two lines of the run log.
+        eval_every: steps between two evaluations, a multiple of `watch_every`. The last step is always evaluated.
+        checkpoint_every: steps between two checkpoints. There is one at the end, too.
+        keep: how many of the last checkpoints are kept, beside the best.
+
+    Raises:
+        RecipeError: a field is out of range, or has the wrong type.
+    """
+
+    stabilizer: str = "none"
+    optimizer: Optimizer = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    step_every: int = 1000
+    step_factor: float = 0.1
+    warmup_steps: int = 0
+    clip: float | None = None
+    steps: int = 200
+    seconds: float | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    precision: Precision = "32"
+    ema: float | None = None
+    compile: bool = False
+    patience: int | None = None
+    seed: int = 0
+    watch: bool = True
+    watch_every: int = 20
+    eval_every: int = 20
+    checkpoint_every: int = 1000
+    keep: int = 2
+
+    def task(self) -> Task:
+        """Make the model, from torch's global random number generator, and what it is trained on."""
+        raise NotImplementedError(f"{type(self).__name__} has no task: give it a method `task` that returns a tt Task")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            hint, value = hints[field.name], getattr(self, field.name)
+            choices = get_args(hint)
+            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+                raise RecipeError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+        for name in ("lr", "clip", "seconds", "step_factor"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise RecipeError(f"{name} must be a positive number, got {value}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RecipeError(f"ema must be between 0 and 1, got {self.ema}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"betas must be at least 0 and below 1, got {self.betas}")
+        positive = ("steps", "step_every", "batch_size", "accumulate", "watch_every", "eval_every", "checkpoint_every")
+        for name in (*positive, "keep", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} must be at least 1, got {value}")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            value = getattr(self, name)
+            if not 0 <= value < 2**63:
+                raise RecipeError(f"{name} must be at least 0 and below 2^63, got {value}")
+        if self.eval_every % self.watch_every:
+            raise RecipeError(
+                f"eval_every must be a multiple of watch_every, whose lines it writes to; "
+                f"got {self.eval_every} and {self.watch_every}"
+            )
+        if self.batch_size % self.accumulate:
+            raise RecipeError(
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"
+            )

@@ -1,0 +1,69 @@
+"""What a run trains: a model, its examples, a loss and a score."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import RecipeError
+
+Batch = Any
+"""Tensors in any nest of tuples, lists and dicts; the first dimension of each is the examples'."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some examples, and how to make a batch of them.
+
+    Attributes:
+        size: how many there are.
+        batch: from the indices of some, (B,) int64, and a generator for anything random, to the batch, on the CPU.
+            The same indices and generator give the same batch.
+    """
+
+    size: int
+    batch: Callable[[Tensor, torch.Generator], Batch]
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise RecipeError("a task needs at least one example, this one has none")
+
+
+def same(means: dict[str, float]) -> dict[str, float]:
+    """The numbers themselves."""
+    return means
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains.
+
+    Attributes:
+        model: freshly drawn from torch's global random number generator, in plain layers.
+        train: the examples to learn from.
+        loss: from the model and a batch to the mean loss of its examples, (). Called in training mode.
+        evaluation: examples that decide which weights are best; None measures nothing while training.
+        test: examples that are measured once, at the end, with the weights that the run keeps.
+        score: from the model and a batch to numbers by name, one for each example, each (B,). Called in eval mode,
+            without gradients. Name none of them "loss", which is that of training.
+        summarize: from the means of the scores over all examples to the metrics: the identity, or a ratio of two
+            means for a metric of the whole set.
+        metric: the name of the metric that decides.
+        higher_is_better: whether more of it is better.
+    """
+
+    model: nn.Module
+    train: Examples
+    loss: Callable[[nn.Module, Batch], Tensor]
+    evaluation: Examples | None = None
+    test: Examples | None = None
+    score: Callable[[nn.Module, Batch], dict[str, Tensor]] | None = None
+    summarize: Callable[[dict[str, float]], dict[str, float]] = same
+    metric: str = "eval_loss"
+    higher_is_better: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score is None and not (self.evaluation is None and self.test is None):
+            raise RecipeError("a task with evaluation or test examples needs a score for them")
