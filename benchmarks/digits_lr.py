@@ -32,7 +32,7 @@ import torch
 
 from trimtab.report.runlog import read_run
 from trimtab.tasks.images.recipes import ImagesRecipe, vit_digits
-from trimtab.train.loop import train
+from trimtab.train import train
 
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -47,10 +47,10 @@ def arms() -> dict[str, ImagesRecipe]:
         "pre-LN, torch": replace(plain, model=replace(plain.model, init="torch")),
         "pre-LN, warmup": replace(plain, warmup_steps=50),
         "pre-LN, clip": replace(plain, clip=1.0),
-        "sigma": replace(plain, model=bare, stabilizer="sigma", gamma_init="one"),
-        "sigma, pre-LN": replace(plain, model=normed, stabilizer="sigma", gamma_init="one"),
-        "init scale": replace(plain, model=bare, stabilizer="init-scale", gamma_init="one"),
-        "init scale, pre-LN": replace(plain, model=normed, stabilizer="init-scale", gamma_init="one"),
+        "sigma": replace(plain, model=bare, stabilizer="sigma:gamma_init=one"),
+        "sigma, pre-LN": replace(plain, model=normed, stabilizer="sigma:gamma_init=one"),
+        "init scale": replace(plain, model=bare, stabilizer="init-scale:gamma_init=one"),
+        "init scale, pre-LN": replace(plain, model=normed, stabilizer="init-scale:gamma_init=one"),
     }
 
 
@@ -61,7 +61,7 @@ def run(recipe: ImagesRecipe) -> tuple[float, float]:
     try:
         result = train(recipe, folder / "run", on_step=lambda progress: None)
         entropy = read_run(folder / "run").column("entropy_min")
-        return result.accuracy, float(entropy[~(entropy != entropy)].min(initial=math.inf))
+        return result.metrics["accuracy"], float(entropy[~(entropy != entropy)].min(initial=math.inf))
     finally:
         shutil.rmtree(folder)
 

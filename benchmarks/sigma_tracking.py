@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from trimtab.models.vit import ViT
 from trimtab.tasks.images.data import load_images
 from trimtab.tasks.images.recipes import vit_digits
-from trimtab.train.loop import batches
+from trimtab.train.order import batches
 from trimtab.watch.signals.sigmas import SigmaTracker
 from trimtab.watch.signals.weights import plain_weights
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trimtab as tt
-from trimtab.tasks.images.data import load_images
-from trimtab.tasks.images.recipes import vit_digits
-from trimtab.train.loop import batches, build_model
+from trimtab.models.vit import ViT
+from trimtab.tasks.images import load_images, vit_digits
+from trimtab.train.order import batches
 
 Objective = Callable[[], Tensor]
 SYMBOLS = 10
@@ -139,7 +139,9 @@ def digits(setup: Setup) -> tuple[nn.Module, Objective]:
     config = replace(recipe.model, norm=setup.norm, depth=setup.depth or recipe.model.depth)
     if setup.init_std is not None:
         config = replace(config, init="normal", init_std=setup.init_std)
-    model = build_model(replace(recipe, model=config, stabilizer=setup.stabilizer, gamma_init="one"))
+    model = ViT(config)
+    if setup.stabilizer == "sigma":
+        tt.reparametrize_(model, tt.SigmaReparam(gamma_init="one"))
     data = load_images("digits")
     images = data.standardize(data.train_images)
     order = batches(len(images), 64, setup.seed)

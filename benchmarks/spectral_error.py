@@ -34,7 +34,7 @@ import trimtab as tt
 from trimtab.models.vit import ViT
 from trimtab.reparam import sigma_gamma
 from trimtab.tasks.images.data import load_images
-from trimtab.train.loop import batches
+from trimtab.train.order import batches
 
 LRS = (1e-2, 3e-2)
 PRICED = spectral_refresh.weight_sets()["12 of 3072 x 768"]
@@ -58,7 +58,7 @@ def run(arm: Arm, lr: float, seed: int, steps: int) -> dict[str, Any]:
     recipe = replace(digits_lr.arms()["sigma"], lr=lr, seed=seed)
     data = load_images(recipe.data)
     torch.manual_seed(seed)
-    config = tt.SigmaReparam(gamma_init=recipe.gamma_init, vectors=arm.vectors)
+    config = tt.SigmaReparam(gamma_init="one", vectors=arm.vectors)
     model = tt.reparametrize_(ViT(recipe.model), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=recipe.weight_decay, fused=True)
     order = batches(len(data.train_labels), recipe.batch_size, seed)

@@ -1,13 +1,28 @@
-import json
-import os
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 from trimtab.cli import main
+from trimtab.errors import DataError
+
+COMMANDS = ("demo", "train", "compare", "recipes", "report", "watch", "inspect", "data")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], int]], None]:
+    """Let another function stand in for `trimtab data`."""
+
+    def replace(function: Callable[[list[str]], int]) -> None:
+        module = types.ModuleType("trimtab.tasks.data.command")
+        module.data_command = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "trimtab.tasks.data.command", module)
+
+    return replace
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,146 +35,128 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_help_names_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
-    out = capsys.readouterr().out
-    assert "demo" in out
-    assert "train" in out
+    lines = capsys.readouterr().out.splitlines()
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert len(line.split()) > 3
+        assert len(line) <= 80
 
 
 def test_help_loads_nothing_of_the_lab() -> None:
     code = (
         "import sys; from trimtab.cli import main; main(['--help']); "
-        "sys.exit(bool({'tyro', 'rich', 'plotly', 'safetensors'} & set(sys.modules)))"
+        "sys.exit(bool({'tyro', 'rich', 'plotly', 'safetensors', 'lightning_fabric', 'ray'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_train_without_a_name_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train"]) == 0
-    out = capsys.readouterr().out
-    assert "vit-digits" in out
-    assert "vit-fashion" in out
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_tells_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out) > 100
+    assert err == ""
 
 
-def test_train_trains_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (
-        "--steps 4 --watch-every 2 --eval-every 2 --lr 3e-3 --stabilizer sigma --gamma-init one --dim 16 --norm none"
-    )
-    assert main(["train", "vit-digits", *words.split(), "--folder", str(tmp_path / "run")]) == 0
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert lines[0].startswith("step 1/4  loss ")
-    assert "lr 0.003" in lines[0]
-    for word in ("accuracy 0.", "lowest entropy 0.", "samples/s", "0 s left"):
-        assert word in lines[2], word
-    assert lines[-2].startswith("finished after 4 steps: test accuracy 0.")
-    assert lines[-1] == f"run folder: {tmp_path / 'run'}"
-    recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
-    assert (recipe["lr"], recipe["stabilizer"], recipe["gamma_init"]) == (3e-3, "sigma", "one")
-    assert (recipe["model"]["dim"], recipe["model"]["norm"]) == (16, "none")
-    assert recipe["model"]["depth"] == 4  # the recipe's own, where no flag was given
-
-    assert main(["train", "vit-digits", "--folder", str(tmp_path / "run")]) == 2
-    assert "is not empty" in capsys.readouterr().err
+def test_a_command_gets_its_words_and_gives_the_exit_code(
+    command: Callable[[Callable[[list[str]], int]], None],
+) -> None:
+    function = Mock(return_value=1)
+    command(function)
+    assert main(["data", "check", "--all"]) == 1
+    function.assert_called_once_with(["check", "--all"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["tran"], "unknown command 'tran'. Did you mean 'train'?"),
-        (["train", "vit-digit"], "unknown recipe 'vit-digit'. Did you mean 'vit-digits'?"),
-        (["train", "vit-digits", "--lr", "-1"], "lr must be a positive number, got -1.0"),
-        (["train", "vit-digits", "--watch-every", "7"], "eval_every must be a multiple of watch_every"),
-        (["train", "vit-digits", "--data", "digit"], "unknown image data set 'digit'. Did you mean 'digits'?"),
-        (["train", "vit-digits", "--seed", "99999999999999999999"], "seed must be at least 0 and below 2^63"),
-        (["train", "--folder", "x"], "a recipe's name comes first"),
-        (["train", "vit-fashion"], "set TRIMTAB_DATA to the folder that holds it"),
+        (["tran"], "error: unknown command tran. Did you mean train? There are: "),
+        (["zzz"], "error: unknown command zzz. There are: demo, train, compare, "),
+        (["demo", "--fodler", "x"], "error: unknown field --fodler. Did you mean --folder?"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(
-    words: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("TRIMTAB_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("error: ")
-    assert message in err
+    assert err.startswith(message)
     assert err.count("\n") == 1
     assert out == ""
-    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flag", [["--lrr", "1"], ["--steps", "many"], ["--norm", "rms"], ["--lr"], ["--dim", "63"]])
-def test_a_wrong_flag_is_explained_and_exit_code_2(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "vit-digits", *flag]) == 2
-    assert flag[0].strip("-") in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("the data are damaged"), "the data are damaged"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (MemoryError(), "there is not enough memory for this model and batch: make them smaller"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+        (ModuleNotFoundError("no", name="tyro"), "this command needs tyro: pip install 'trimtab[lab]'"),
+        (ModuleNotFoundError("no", name="lightning_fabric"), "needs lightning_fabric: pip install 'trimtab[lab]'"),
+        (ModuleNotFoundError("no", name="matplotlib.pyplot"), "needs matplotlib: pip install 'trimtab[lab]'"),
+        (ModuleNotFoundError("no", name="ray.util"), "this command needs ray: pip install 'trimtab[ray]'"),
+    ],
+)
+def test_what_a_user_can_act_on_has_no_traceback(
+    error: Exception,
+    message: str,
+    command: Callable[[Callable[[list[str]], int]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command(Mock(side_effect=error))
+    assert main(["data", "list"]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("error: ")
+    assert out == ""
 
 
-def test_a_recipes_help_shows_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "vit-digits", "--help"]) == 0
-    out = capsys.readouterr().out
-    for flag in ("--lr", "--stabilizer", "--norm", "--folder"):
-        assert flag in out
-    assert "--recipe" not in out
+@pytest.mark.parametrize("error", [RuntimeError("a bug of ours"), ModuleNotFoundError("no", name="trimtab.nothing")])
+def test_a_bug_keeps_its_traceback(error: Exception, command: Callable[[Callable[[list[str]], int]], None]) -> None:
+    command(Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        main(["data", "list"])
+    assert raised.value is error
 
 
-def test_a_missing_extra_says_what_to_install(
+def test_a_library_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["train", "vit-digits"]) == 2
-    assert "pip install 'trimtab[lab]'" in capsys.readouterr().err
-
-
-def test_an_unwritable_folder_is_an_error_not_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    words = ["train", "vit-digits", "--steps", "1", "--folder", str(tmp_path / "file" / "run")]
-    assert main(words) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_too_little_memory_is_an_error_not_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["train", "vit-digits", "--folder", str(tmp_path / "run")]
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        monkeypatch.setattr("trimtab.train.loop.build_model", Mock(side_effect=error))
-        assert main(words) == 2
-        assert "not enough memory" in capsys.readouterr().err
-    monkeypatch.setattr("trimtab.train.loop.build_model", Mock(side_effect=RuntimeError("a bug of ours")))
-    with pytest.raises(RuntimeError, match="a bug of ours"):  # what is no user's error keeps its traceback
-        main(words)
-
-
-def test_a_terminal_without_unicode_is_written_to_all_the_same() -> None:
-    command = [sys.executable, "-m", "trimtab.cli", "train"]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
-    assert done.returncode == 0
-    assert b"vit-digits" in done.stdout
+    assert capsys.readouterr().err == "error: this command needs tyro: pip install 'trimtab[lab]'\n"
 
 
 def test_ctrl_c_is_exit_code_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Callable[[Callable[[list[str]], int]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("trimtab.train.loop.train", interrupted)
-    assert main(["train", "vit-digits", "--folder", str(tmp_path / "run")]) == 130
+    command(Mock(side_effect=KeyboardInterrupt))
+    assert main(["data", "list"]) == 130
     assert "stopped" in capsys.readouterr().err
 
 
-def test_the_installed_command_fails_without_a_traceback(tmp_path: Path) -> None:
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    command = [sys.executable, "-m", "trimtab", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_a_terminal_without_unicode_is_written_to_all_the_same() -> None:
+    command = [sys.executable, "-m", "trimtab", "recipes"]
+    done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0
+    assert b"8?8" in done.stdout
+    assert done.stderr == b""
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "trimtab.cli", "train", "nope"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
+        [sys.executable, "-m", "trimtab", "train", "nope"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown recipe 'nope'.")

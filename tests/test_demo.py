@@ -13,7 +13,7 @@ from rich.console import Console
 
 from trimtab.cli import main
 from trimtab.demo import demo, demo_recipes
-from trimtab.errors import RecipeError, RunFolderError
+from trimtab.errors import RunFolderError, TrimtabError
 from trimtab.models import ViTConfig
 from trimtab.tasks.images import ImagesRecipe
 
@@ -35,7 +35,7 @@ def log(folder: Path) -> list[dict[str, object]]:
 
 def test_the_runs_are_the_ones_the_page_tells_of() -> None:
     recipes = demo_recipes()
-    for stabilizer, norm in (("none", "pre"), ("sigma", "none")):
+    for stabilizer, norm in (("none", "pre"), ("sigma:gamma_init=one", "none")):
         arm = [recipe for recipe in recipes.values() if recipe.stabilizer == stabilizer]
         assert sorted((recipe.lr, recipe.seed) for recipe in arm) == [
             (1e-3, 0),
@@ -100,7 +100,7 @@ def test_a_marker_cannot_make_it_delete_elsewhere(tmp_path: Path) -> None:
 
 def test_an_error_in_a_worker_ends_the_demo(tmp_path: Path) -> None:
     recipes = {name: replace(recipe, batch_size=2000) for name, recipe in small().items()}
-    with pytest.raises(RecipeError, match="batch_size 2000 is larger"):
+    with pytest.raises(TrimtabError, match="failed: batch_size 2000 is larger"):
         demo(tmp_path / "demo", console=Console(file=io.StringIO()), recipes=recipes)
 
 

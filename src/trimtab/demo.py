@@ -1,36 +1,29 @@
 """The demo: one small Transformer, plain and steadied, on real digits, and a page that tells what happened.
 
-Ten runs of 200 steps, in two processes of one thread each, so that the numbers are the same on every run of the
-same machine.
+A small compare: ten runs of 200 steps, in two processes of one thread each, so that the numbers are the same on every
+run of the same machine.
 """
 
 import json
-import multiprocessing
 import shutil
-import signal
-import threading
 import time
 import webbrowser
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from queue import Empty
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from trimtab.errors import RunFolderError
-from trimtab.report.demo_arms import ARMS
+from trimtab.errors import RunFolderError, TrimtabError
+from trimtab.report.demo_arms import ARMS, STEADIED
 from trimtab.report.demo_page import write_demo_page
-from trimtab.tasks.images.recipes import ImagesRecipe, vit_digits
-from trimtab.train.loop import Progress, Result, train
+from trimtab.tasks.images import ImagesRecipe, vit_digits
+from trimtab.train.compare import Failure, run_places
+from trimtab.train.grid import RunPlace
+from trimtab.train.hardware import Hardware
+from trimtab.train.progress import Progress, Result
 
 MARKER = "demo.json"
 PAGE = "demo.html"
@@ -48,13 +41,12 @@ def demo_recipes() -> dict[str, ImagesRecipe]:
     """
     baseline = replace(vit_digits(), watch_every=10, eval_every=20)
     model = replace(baseline.model, norm="none", init="normal", init_std=0.4)
-    steadied = replace(baseline, model=model, stabilizer="sigma", gamma_init="one")
+    steadied = replace(baseline, model=model, stabilizer=STEADIED.stabilizer)
     recipes = {}
     for lr in sorted(_SEEDS, reverse=True):  # the story first
         for seed in _SEEDS[lr]:
-            for recipe in (baseline, steadied):
-                name = f"{recipe.stabilizer}-lr{lr:g}-seed{seed}"
-                recipes[name] = replace(recipe, lr=lr, seed=seed)
+            for arm, recipe in (("none", baseline), ("sigma", steadied)):
+                recipes[f"{arm}-lr{lr:g}-seed{seed}"] = replace(recipe, lr=lr, seed=seed)
     return recipes
 
 
@@ -77,13 +69,16 @@ def demo(
 
     Raises:
         RunFolderError: the folder holds something else than a demo.
+        TrimtabError: a run failed; the others are stopped.
     """
     folder = Path(folder)
     console = console or Console()
     recipes = demo_recipes() if recipes is None else recipes
     _clear(folder, list(recipes))
     start = time.perf_counter()
-    _train_all(recipes, folder, _Screen(recipes, console))
+    places = [RunPlace(name, recipe.stabilizer, recipe, folder / name) for name, recipe in recipes.items()]
+    with _Screen(recipes, console) as screen:
+        run_places(places, jobs=_WORKERS, threads=1, on_news=screen.hear, hardware=Hardware(accelerator="cpu"))
     path = folder / PAGE
     write_demo_page([folder / name for name in recipes], path)
     console.print(
@@ -136,9 +131,14 @@ class _Screen:
         if self.console.is_terminal:
             self.live.stop()
 
-    def finish(self, name: str, result: Result) -> None:
-        """Take note of a run's end."""
-        self.results[name] = result
+    def hear(self, name: str, news: Progress | Result | Failure) -> None:
+        """Take note of how a run goes."""
+        if isinstance(news, Failure):
+            raise TrimtabError(f"the run {name} failed: {news.error}")
+        if isinstance(news, Progress):
+            self.progress[name] = news
+            return
+        self.results[name] = news
         if not self.console.is_terminal:
             titled = zip(_COLUMNS, self.row(name), strict=True)
             line = ", ".join(f"{column} {cell}".strip() for column, cell in titled)
@@ -161,7 +161,7 @@ class _Screen:
         cells = [arm.short, f"{recipe.lr:g}", str(recipe.seed)]
         if now is None:
             return [*cells, "waits", "", "", "", ""]
-        accuracy = result.accuracy if result else now.accuracy
+        accuracy = (result or now).metrics.get("accuracy")
         return [
             *cells,
             result.status if result and result.status != "finished" else f"{now.step}/{now.steps}",
@@ -173,71 +173,3 @@ class _Screen:
 
 
 _COLUMNS = ("run", "LR", "seed", "step", "loss", "accuracy", "lowest entropy", "alarms")
-
-_Message = tuple[str, Progress]
-
-
-class _StoppedError(Exception):
-    """The main process asked the workers to end."""
-
-
-def _train_all(recipes: dict[str, ImagesRecipe], folder: Path, screen: _Screen) -> None:
-    """Train every recipe into its folder; the first error, or Ctrl-C, ends all of them."""
-    context = multiprocessing.get_context("spawn")
-    messages: Queue[_Message] = context.Queue()
-    stop = context.Event()
-    pool = ProcessPoolExecutor(_WORKERS, context, initializer=_start_worker, initargs=(messages, stop))
-    try:
-        with _interrupts_ignored():  # the workers inherit it: Ctrl-C is for the main process to handle
-            runs = {pool.submit(_train_one, name, recipe, folder / name): name for name, recipe in recipes.items()}
-        with screen:
-            pending = set(runs)
-            while pending:
-                done, pending = wait(pending, timeout=0.2)
-                _drain(messages, screen.progress)
-                for run in done:
-                    screen.finish(runs[run], run.result())
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        messages.close()
-
-
-def _drain(messages: "Queue[_Message]", progress: dict[str, Progress]) -> None:
-    while True:
-        try:
-            name, news = messages.get_nowait()
-        except Empty:
-            return
-        progress[name] = news
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-_worker: dict[str, Any] = {}  # a worker process's own queue and event: they travel only when it starts
-
-
-def _start_worker(messages: "Queue[_Message]", stop: Event) -> None:
-    torch.set_num_threads(1)
-    _worker.update(messages=messages, stop=stop)
-
-
-def _train_one(name: str, recipe: ImagesRecipe, folder: Path) -> Result:
-    def report(progress: Progress) -> None:
-        if _worker["stop"].is_set():
-            raise _StoppedError
-        _worker["messages"].put((name, progress))
-
-    return train(recipe, folder, report)

@@ -13,6 +13,7 @@ from trimtab.report.page import Figure, Panel, Table, axis, chart, page
 from trimtab.report.runlog import Run, read_run
 
 MODEL = {"depth": 2, "num_heads": 2}
+SIGMA = "sigma:gamma_init=one"
 
 
 def write_run(
@@ -40,7 +41,7 @@ def write_run(
     (folder / "heads.json").write_text(json.dumps({"heads": heads}))
     for name in ("entropy", "entropy_normalized", "max_logit"):
         (folder / f"heads_{name}.f32").write_bytes(np.full((3, 4), entropy, "<f4").tobytes())
-    result = {"status": status, "steps": 20, "loss": last, "accuracy": accuracy}
+    result = {"status": status, "steps": 20, "loss": last, "metrics": {"accuracy": accuracy}}
     (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -49,7 +50,7 @@ def pair(folder: Path, baseline: dict[float, list[float]], steadied: dict[float,
     """Runs with these accuracies: learning rate to one accuracy per seed."""
     return [
         read_run(write_run(folder, stabilizer, lr, accuracy, seed=seed))
-        for stabilizer, arm in (("none", baseline), ("sigma", steadied))
+        for stabilizer, arm in (("none", baseline), (SIGMA, steadied))
         for lr, accuracies in arm.items()
         for seed, accuracy in enumerate(accuracies)
     ]
@@ -77,7 +78,7 @@ def test_the_sentence_on_entropy_counts_collapsed_heads(tmp_path: Path) -> None:
     def sentence(name: str, baseline: float, steadied: float) -> str:
         folders = [
             write_run(tmp_path / name, "none", 0.1, 0.5, entropy=baseline),
-            write_run(tmp_path / name, "sigma", 0.1, 0.9, entropy=steadied),
+            write_run(tmp_path / name, SIGMA, 0.1, 0.9, entropy=steadied),
         ]
         return entropy_sentence([read_run(folder) for folder in folders], 0.1)
 
@@ -130,7 +131,7 @@ class Links(HTMLParser):
 def test_the_page_is_one_file_with_three_pictures_that_asks_for_nothing(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path, stabilizer, lr, 0.5, status=status)
-        for stabilizer, status in (("none", "diverged"), ("sigma", "finished"))
+        for stabilizer, status in (("none", "diverged"), (SIGMA, "finished"))
         for lr in (0.01, 0.1)
     ]
     path = tmp_path / "demo.html"
@@ -181,7 +182,7 @@ def test_the_charts_show_the_runs(tmp_path: Path) -> None:
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path, "none", 0.1, 0.5), write_run(tmp_path, "sigma", 0.2, 0.5)]
+    folders = [write_run(tmp_path, "none", 0.1, 0.5), write_run(tmp_path, SIGMA, 0.2, 0.5)]
     with pytest.raises(RunFolderError, match="no learning rate in common"):
         write_demo_page(folders, tmp_path / "demo.html")
     with pytest.raises(RunFolderError, match="no run folder"):

@@ -36,11 +36,17 @@ def carry_(module: nn.Module, starts: dict[str, Start], config: SigmaReparam) ->
 
 
 def drop_(module: Reparametrized) -> None:
-    """Turn a converted module back into its plain class, dropping gamma and vectors; the weight stays as it is."""
+    """Turn a converted module back into its plain class, dropping gamma and vectors; the weight stays as it is.
+
+    An attention module whose heads have norms or a soft cap keeps the converted forward.
+    """
     registry.discard(module)
     for weight_name in module._carried_sizes:
         for name in carried_names(weight_name):
             delattr(module, name)
+    if isinstance(module, MultiheadAttention) and module.needs_own_forward:
+        module._carried_sizes = {}
+        return
     del module._carried_sizes, module._sigma_config
     module.__class__ = module.plain_class  # type: ignore[assignment]
 

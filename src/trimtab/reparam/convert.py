@@ -226,7 +226,7 @@ def _is_fsdp(model: nn.Module) -> bool:
 def _converted(model: nn.Module, complaint: str) -> list[tuple[str, Reparametrized]]:
     expect_module(model)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, Reparametrized)]
-    if not found:
+    if not any(module._carried_sizes for _, module in found):
         raise ConversionError(complaint)
     return found
 

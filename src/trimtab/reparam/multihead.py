@@ -2,7 +2,8 @@
 
 torch's own forward hands ``in_proj_weight`` and ``out_proj.weight`` to a fused function that knows nothing of gamma,
 so the converted class has a forward of its own: the same arguments, masks and results, and one path for training and
-evaluation. Query, key and value each have their own sigma, packed or not, unless other blocks are asked for.
+evaluation. Query, key and value each have their own sigma, packed or not, unless other blocks are asked for. The
+same forward serves where nothing has a sigma but the heads have norms or a soft cap (`trimtab.stabilizers`).
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.attention.softcap import softcapped_attention
 from trimtab.reparam.functional import scaled_linear
 from trimtab.reparam.layers import Reparametrized
 from trimtab.spectral import Sizes, per_row
@@ -29,6 +31,12 @@ class MultiheadAttention(Reparametrized):
     bias_k: Tensor | None
     bias_v: Tensor | None
     out_proj: nn.Module
+    softcap: float | None = None  # c: logits s are used as c tanh(s / c)
+
+    @property
+    def needs_own_forward(self) -> bool:
+        """Whether torch's forward would not do even without gamma: a soft cap or norms of the heads are there."""
+        return self.softcap is not None or "query_norm" in self._modules
 
     def forward(
         self,
@@ -66,7 +74,9 @@ class MultiheadAttention(Reparametrized):
         k, v, mask = self._with_extra_keys(k, v, mask)
         q, k, v = self._split_heads(q), self._split_heads(k), self._split_heads(v)  # (B, H, L or S, D)
         dropout = self.dropout if self.training else 0.0
-        if need_weights:
+        if self.softcap is not None:
+            heads, weights = softcapped_attention(q, k, v, self.softcap, mask, dropout, is_causal)
+        elif need_weights:
             logits = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
             weights = F.dropout(torch.softmax(logits if mask is None else logits + mask, dim=-1), dropout)
             heads = weights @ v
@@ -81,6 +91,14 @@ class MultiheadAttention(Reparametrized):
         return (output, weights) if batched else (output.squeeze(0), weights.squeeze(0))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self._projections(query, key, value)
+        return self._normalized(q, "query_norm"), self._normalized(k, "key_norm"), v
+
+    def _normalized(self, x: Tensor, name: str) -> Tensor:
+        norm = self._modules.get(name)
+        return x if norm is None else norm(x.unflatten(-1, (self.num_heads, -1))).flatten(-2).to(x.dtype)
+
+    def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.in_proj_weight is None:
             q_bias, k_bias, v_bias = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             return (

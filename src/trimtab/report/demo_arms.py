@@ -26,7 +26,7 @@ class Arm:
 
 
 BASELINE = Arm("none", "pre-LN", "pre-LN", "#D55E00")
-STEADIED = Arm("sigma", "σ-Reparam without LayerNorm", "σ-Reparam", "#0072B2")
+STEADIED = Arm("sigma:gamma_init=one", "σ-Reparam without LayerNorm", "σ-Reparam", "#0072B2")
 ARMS = (BASELINE, STEADIED)
 
 
@@ -42,8 +42,9 @@ def seed(run: Run) -> int:
 
 def accuracy(run: Run) -> float:
     """Share of the test set classified rightly by the final weights; for a run that did not end, the last known."""
-    if "accuracy" in run.result:
-        return float(run.result["accuracy"])
+    metrics = run.result.get("metrics", {})
+    if "accuracy" in metrics:
+        return float(metrics["accuracy"])
     known = run.column("accuracy")
     known = known[np.isfinite(known)]
     return float(known[-1]) if len(known) else float("nan")

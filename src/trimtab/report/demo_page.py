@@ -124,7 +124,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, str]:
         "data": f"{recipe['data']}, batches of {recipe['batch_size']}, {recipe['steps']} steps",
         "seeds": ", ".join(map(str, sorted({seed(run) for run in runs}))),
     }
-    hidden = {"recipe", "seed", "task"}
+    hidden = {"recipe", "seed", "task", "arm"}
     for name, value in info.items():
         if name not in hidden:
             facts[name.replace("_", " ")] = _flat(value)

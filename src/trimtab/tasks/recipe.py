@@ -4,7 +4,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
+import torch
+from torch import nn
+
 from trimtab.errors import RecipeError
+from trimtab.tasks.optimizers import build_optimizers
 from trimtab.tasks.task import Task
 
 Optimizer = Literal["adamw", "adam", "sgd", "muon"]
@@ -77,6 +81,14 @@ class Recipe:
     def task(self) -> Task:
         """Make the model, from torch's global random number generator, and what it is trained on."""
         raise NotImplementedError(f"{type(self).__name__} has no task: give it a method `task` that returns a tt Task")
+
+    def optimizers(self, model: nn.Module) -> "list[torch.optim.Optimizer]":
+        """Make the optimisers of a model that has its stabilizers, its device and its shards.
+
+        Override it for another optimiser. The learning rates they are made with are the peaks of the schedule. One
+        that has an attribute ``needs_closure = True`` gets a closure, and must then be the only one.
+        """
+        return build_optimizers(self, model)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

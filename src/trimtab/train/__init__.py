@@ -1,13 +1,7 @@
 """The training loop and its checkpoints."""
 
-from trimtab.train.checkpoint import load_checkpoint, save_checkpoint
-from trimtab.train.loop import Progress, Result, build_model, train
+from trimtab.train.hardware import Hardware
+from trimtab.train.loop import train
+from trimtab.train.progress import Progress, Result, read_result
 
-__all__ = [
-    "Progress",
-    "Result",
-    "build_model",
-    "load_checkpoint",
-    "save_checkpoint",
-    "train",
-]
+__all__ = ["Hardware", "Progress", "Result", "read_result", "train"]

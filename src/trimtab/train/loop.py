@@ -1,266 +1,244 @@
-"""A plain training loop: one recipe, one folder, one process.
+"""The training loop: one recipe, one folder, on whatever hardware there is.
 
-The order of things is what a newcomer would write by hand. Everything that decides a number comes from the
-recipe: the same recipe gives the same numbers on the same machine.
+The order of things is what a newcomer would write by hand. Everything that decides a number comes from the recipe:
+the same recipe gives the same numbers on the same machine, also when the run is interrupted and goes on.
 """
 
-import json
-import math
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from trimtab.errors import RecipeError, RunFolderError
-from trimtab.models.vit import ViT
-from trimtab.reparam import SigmaReparam, fold_, reparametrize_
-from trimtab.tasks.images.data import ImageData, load_images
-from trimtab.tasks.images.recipes import ImagesRecipe
-from trimtab.train.checkpoint import save_checkpoint
+from trimtab.errors import CheckpointError, RecipeError
+from trimtab.stabilizers import stabilize_, with_changes
+from trimtab.tasks.recipe import Recipe
+from trimtab.tasks.task import Examples, Task
+from trimtab.train.average import Average
+from trimtab.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from trimtab.train.clock import Clock
+from trimtab.train.evaluate import evaluate
+from trimtab.train.folder import open_folder
+from trimtab.train.hardware import Hardware, distributed, launched
+from trimtab.train.kept_checkpoints import best_checkpoint
+from trimtab.train.loader import Loader
+from trimtab.train.log import PlainLog, WorstHead
+from trimtab.train.order import derived_seed
+from trimtab.train.outcome import (
+    agree,
+    elapsed,
+    end_of,
+    first_facts,
+    note_metrics,
+    note_times,
+    progress_of,
+    result_of,
+)
+from trimtab.train.progress import Progress, Result, write_result
+from trimtab.train.randomness import numerics, seed_all
+from trimtab.train.schedule import learning_rate_factor, set_learning_rates
+from trimtab.train.signals import Interruption
+from trimtab.train.state import TrainState
+from trimtab.train.step import scaler_of, step_function
 from trimtab.watch import Watch
+from trimtab.watch.reduce import Ranks
 
-Status = Literal["finished", "diverged"]
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
+logger = logging.getLogger("trimtab")
 
-@dataclass(frozen=True)
-class Progress:
-    """What is known at a logged step.
-
-    Attributes:
-        step: optimiser steps taken.
-        steps: optimiser steps asked for.
-        loss: cross-entropy of this step's batch, nats.
-        lr: learning rate of this step.
-        accuracy: share of the test set that is classified rightly, when it was last measured; None before.
-        entropy_min: lowest attention entropy over the heads, divided by its maximum (0 to 1); None if unseen.
-        alarms: what every alarm so far said, oldest first.
-        seconds: since the first step began.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    lr: float
-    accuracy: float | None
-    entropy_min: float | None
-    alarms: tuple[str, ...]
-    seconds: float
+OnStep = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    on_step: OnStep | None = None,
+    *,
+    hardware: Hardware = Hardware(),  # noqa: B008 - it is frozen
+    facts: Mapping[str, Any] | None = None,
+) -> Result:
+    """Train a recipe's model, from the start or from where an earlier call was interrupted.
 
-    Attributes:
-        folder: the run folder.
-        status: "finished", or "diverged" when the loss left the finite numbers; such a run stops at its next
-            logged step.
-        steps: optimiser steps taken.
-        loss: cross-entropy of the last batch, nats.
-        accuracy: share of the test set that the final weights classify rightly.
-        seconds: of training, evaluation included.
-    """
-
-    folder: Path
-    status: Status
-    steps: int
-    loss: float
-    accuracy: float
-    seconds: float
-
-
-def train(recipe: ImagesRecipe, folder: str | Path, on_step: Callable[[Progress], None] | None = None) -> Result:
-    """Train a recipe's model from the start, watched, into an empty or new folder.
-
-    The folder receives the run log of `trimtab.Watch`, `checkpoints/last.safetensors` and `result.json`.
+    A new or empty folder starts a run. One with the same recipe goes on from its newest whole checkpoint, to the very
+    bits of a run that was never interrupted; or returns its result at once. Ctrl-C and SIGTERM let the step end, save
+    and return.
 
     Args:
         recipe: what to train.
-        folder: where to write.
-        on_step: called after every logged step; it is then told of alarms, which are warnings of the logger
-            "trimtab" otherwise. An exception it raises ends the run.
+        folder: of the run: its log, checkpoints and result.
+        on_step: called after every logged step, in the first process; it is then told of alarms, which are warnings
+            of the logger "trimtab" otherwise. An exception it raises ends the run.
+        hardware: where to train.
+        facts: more for run.json: plain values.
 
     Returns:
-        How the run ended. A run that diverges is a result, not an error.
+        How the run ended, in every process. A run that diverges is a result, not an error.
 
     Raises:
-        RunFolderError: the folder is not empty, or is no folder.
-        DataError: the data set cannot be loaded.
-        RecipeError: the recipe's model does not fit its data.
+        RunFolderError: the folder holds another run (the first field that differs is named) or something else.
+        CheckpointError: the run cannot go on from its checkpoint.
+        RecipeError: parts of the recipe do not fit together, or not this hardware.
+        ConversionError: the model has nothing of what a stabilizer changes.
+        DataError: the data cannot be loaded.
     """
-    folder = Path(folder)
-    _refuse_used(folder)
-    data = load_images(recipe.data)
-    _check_fit(recipe, data)
-    with _numerics(recipe.seed):
-        model = build_model(recipe)
-        result = _run(recipe, model, data, folder, on_step)
-    save_checkpoint(folder / "checkpoints" / "last.safetensors", model, result.steps)
-    _write_result(result)
-    return result
-
-
-def build_model(recipe: ImagesRecipe) -> nn.Module:
-    """Draw the recipe's model from the global random number generator and apply its stabilizer."""
-    model = ViT(recipe.model)
-    if recipe.stabilizer != "none":
-        reparametrize_(model, SigmaReparam(gamma_init=recipe.gamma_init))
-    if recipe.stabilizer == "init-scale":
-        fold_(model)  # weights gamma / sigma(W) · W, and nothing that keeps them so
-    return model
-
-
-def learning_rate(recipe: ImagesRecipe, step: int) -> float:
-    """The learning rate of a step, counted from 1: linear warmup, then the recipe's schedule."""
-    if step <= recipe.warmup_steps:
-        return recipe.lr * step / recipe.warmup_steps
-    if recipe.schedule == "constant":
-        return recipe.lr
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.lr * (1 + math.cos(math.pi * done)) / 2
-
-
-def batches(num_examples: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of indices (batch_size,), each pass in a new order, without its last, short batch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(num_examples, generator=generator)
-        yield from order.split(batch_size)[: num_examples // batch_size]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: ImageData, batch_size: int = 500) -> float:
-    """The share of the test set that is classified rightly; logits that are not finite count as wrong."""
-    training = model.training
-    model.eval()
-    correct = 0
-    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True):
-        logits = model(data.standardize(images))  # (B, num_classes)
-        right = (logits.argmax(dim=-1) == labels) & logits.isfinite().all(dim=-1)  # (B,)
-        correct += int(right.sum())
-    model.train(training)
-    return correct / len(data.test_labels)
+    used = with_changes(recipe, recipe.stabilizer)
+    with launched(hardware, used.precision) as fabric, ExitStack() as whole_run:
+        run = _description(recipe, fabric, hardware) | dict(facts or {})
+        found = whole_run.enter_context(open_folder(Path(folder), run))
+        if found.result is not None:
+            return found.result
+        interruption = whole_run.enter_context(Interruption(1.0 if fabric.world_size > 1 else 0.0))
+        whole_run.enter_context(numerics(used.seed, fabric.device))
+        task = used.task()
+        _check(used, task, fabric.world_size)
+        stabilize_(task.model, used.stabilizer, changes_made=True)
+        run["parameters"] = sum(parameter.numel() for parameter in task.model.parameters())
+        # Dropout and the like begin the same whatever a stabilizer drew, and differently in each process.
+        seed_all(derived_seed("training", used.seed, fabric.global_rank))
+        return _run(used, task, Path(folder), found.checkpoint, fabric, interruption, on_step, run)
 
 
 def _run(
-    recipe: ImagesRecipe,
-    model: nn.Module,
-    data: ImageData,
+    recipe: Recipe,
+    task: Task,
     folder: Path,
-    on_step: Callable[[Progress], None] | None,
+    checkpoint: Path | None,
+    fabric: "Fabric",
+    interruption: Interruption,
+    on_step: OnStep | None,
+    info: Mapping[str, Any],
 ) -> Result:
-    optimizer = _optimizer(recipe, model.parameters())
-    order = batches(len(data.train_labels), recipe.batch_size, recipe.seed)
-    status: Status = "finished"
-    measured: float | None = None
-    value = math.nan
-    start = time.perf_counter()
-    describe = _describe(recipe, model)
-    on_alarm = None if on_step is None else _ignore
-    with Watch(model, folder, every=recipe.watch_every, run=describe, on_alarm=on_alarm) as watch:
-        for step in range(1, recipe.steps + 1):
-            logged = watch.next_step_is_logged
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
-            batch = next(order)  # (B,)
-            images = data.standardize(data.train_images[batch])  # (B, C, height, width)
-            loss = F.cross_entropy(model(images), data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
+    """Train a task until its end, or until it is interrupted."""
+    model = distributed(fabric, task.model, compiled=recipe.compile)
+    optimizers = recipe.optimizers(task.model)
+    average = Average(task.model, recipe.ema) if recipe.ema is not None else None
+    take_step = step_function(fabric, model, task, optimizers, recipe)
+    loader = Loader(task.train, recipe, fabric)
+    clock = Clock(fabric.device)
+    worst = WorstHead()
 
-            value = loss.item()
-            if not math.isfinite(value):
-                status = "diverged"  # weights that met a NaN keep it: go on to the next line of the log only
-            last = step == recipe.steps or (status == "diverged" and logged)
-            metrics: dict[str, float] = {}
-            if logged and (last or step % recipe.eval_every == 0):
-                measured = metrics["accuracy"] = accuracy(model, data)
-            watch.step(loss, **metrics)
-            if logged and on_step is not None:
-                seconds = time.perf_counter() - start
-                low = watch.last.get("entropy_min")
-                alarms = tuple(alarm.message for alarm in watch.alarms)
-                lr = learning_rate(recipe, step)
-                on_step(Progress(step, recipe.steps, value, lr, measured, low, alarms, seconds))
-            if last:
-                break
-    if not logged or measured is None:  # the last step has no line of its own in the log
-        measured = accuracy(model, data)
-    return Result(folder, status, step, value, measured, time.perf_counter() - start)
+    def measure(examples: Examples | None) -> dict[str, float]:
+        if examples is None:
+            return {}
+        with average.applied(task.model) if average is not None else nullcontext():
+            size = 4 * recipe.batch_size // (recipe.accumulate * fabric.world_size)  # no gradients: less memory
+            return evaluate(fabric, model, task, examples, size, recipe.seed)
+
+    with _log(recipe, task, optimizers, folder, fabric, info, worst, quiet=on_step is not None) as watch:
+        state = TrainState(task.model, optimizers, average, scaler_of(fabric), watch)
+        if checkpoint is None:
+            state.facts = first_facts(measure(task.evaluation))
+        else:
+            load_checkpoint(checkpoint, state)
+            clock.before = state.facts["seconds"]
+
+        broken = torch.zeros((), dtype=torch.bool, device=fabric.device)  # read seldom: a GPU would be waited for
+        status, seconds = end_of(recipe, state), elapsed(recipe, clock, fabric)
+        with closing(loader.batches(state.step + 1)) as batches:
+            while status is None:
+                step, logged = state.step + 1, watch.next_step_is_logged
+                clock.step_begins(logged)
+                set_learning_rates(optimizers, learning_rate_factor(recipe, step, seconds))
+                loss = take_step(next(batches))
+                broken.logical_or_(~loss.isfinite())
+                if average is not None:
+                    average.update_()
+                state.step, seconds = step, elapsed(recipe, clock, fabric)
+
+                ends = step == recipe.steps or (recipe.seconds is not None and seconds >= recipe.seconds)
+                saves = ends or step % recipe.checkpoint_every == 0
+                if not (logged or saves or (fabric.world_size == 1 and interruption.asked)):
+                    watch.step(loss)
+                    continue
+
+                clock.pause(logged)
+                facts = state.facts
+                facts["loss"], diverged, interrupted = agree(fabric, loss, broken, interruption.asked)
+                facts["diverged"] = diverged and (logged or ends)  # it shows in the next line of the log
+                note_times(facts, clock, loader, seconds)
+                status = end_of(recipe, state)
+                better, metrics = False, {}
+                if task.evaluation is not None and (status is not None or step % recipe.eval_every == 0):
+                    metrics = measure(task.evaluation)
+                    better = note_metrics(facts, metrics, task, step)
+                    status = end_of(recipe, state)
+                watch.step(facts["loss"], **(metrics if logged else {}))
+                if logged and on_step is not None and fabric.is_global_zero:
+                    on_step(progress_of(recipe, state, clock, worst.name))
+                if status is None and interrupted:
+                    status = "interrupted"
+                if not diverged and (saves or status is not None or (better and recipe.patience is not None)):
+                    _save(folder, state, recipe.keep, better)
+
+        if status == "interrupted":
+            return result_of(folder, status, recipe, task, state, {}, fabric.device)
+        if recipe.patience is not None and (best := best_checkpoint(folder)) is not None:
+            load_weights(best, task.model, average)
+            state.facts["metrics"] = measure(task.evaluation)
+        test = measure(task.test)
+        state.facts["seconds"] = clock.seconds()
+        result = Ranks().gather(result_of(folder, status, recipe, task, state, test, fabric.device))[0]
+    if fabric.is_global_zero:
+        write_result(result)
+    fabric.barrier()
+    return result
+
+
+def _save(folder: Path, state: TrainState, keep: int, best: bool) -> None:
+    """Save a checkpoint; a disk that is full is no reason to stop: there is the one before."""
+    try:
+        save_checkpoint(folder, state, keep=keep, best=best)
+    except CheckpointError as error:
+        logger.warning("no checkpoint was saved at step %d; training goes on. %s", state.step, error)
+
+
+def _log(
+    recipe: Recipe,
+    task: Task,
+    optimizers: Sequence[Optimizer],
+    folder: Path,
+    fabric: "Fabric",
+    info: Mapping[str, Any],
+    worst: WorstHead,
+    quiet: bool,
+) -> Watch | PlainLog:
+    """What looks on and writes the log; `quiet` leaves alarms to `Progress.alarms`."""
+    if not recipe.watch:
+        return PlainLog(optimizers, folder, recipe.watch_every, info, fabric.is_global_zero)
+    on_alarm = _ignore if quiet else None
+    return Watch(task.model, folder, recipe.watch_every, run=info, on_alarm=on_alarm, sinks=[worst], resume=True)
 
 
 def _ignore(_: object) -> None:
     """Leave an alarm to `Progress.alarms` and the run log."""
 
 
-def _optimizer(recipe: ImagesRecipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-
-
-def _describe(recipe: ImagesRecipe, model: nn.Module) -> dict[str, object]:
-    """What run.json says about the run, beside what Watch knows by itself."""
+def _description(recipe: Recipe, fabric: "Fabric", hardware: Hardware) -> dict[str, Any]:
+    """What run.json says about the run, beside what Watch knows by itself and the number of parameters."""
     return {
-        "task": "images",
+        "task": type(recipe).__name__,
         "recipe": asdict(recipe),
         "seed": recipe.seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "accelerator": fabric.device.type,
+        "strategy": hardware.strategy,
+        "processes": fabric.world_size,
     }
 
 
-@contextmanager
-def _numerics(seed: int) -> Iterator[None]:
-    """Seed torch and flush denormals, and leave both as they were.
-
-    A collapsed softmax is full of denormals, which slow a CPU about 1.5 times; the results are the same.
-    """
-    flushing = sys.float_info.min / 2 == 0.0  # torch can set the mode but not tell it
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        torch.set_flush_denormal(True)
-        try:
-            yield
-        finally:
-            torch.set_flush_denormal(flushing)
-
-
-def _refuse_used(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file; a run needs a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RunFolderError(f"{folder} is not empty; choose another folder, or remove it first")
-
-
-def _check_fit(recipe: ImagesRecipe, data: ImageData) -> None:
-    """Refuse a model whose images or classes are not the data's."""
-    size = data.train_images.shape[-1]
-    facts = {"image_size": size, "in_channels": data.train_images.shape[1], "num_classes": data.num_classes}
-    for name, expected in facts.items():
-        got = getattr(recipe.model, name)
-        if got != expected:
-            raise RecipeError(f"{recipe.data} needs model {name} {expected}, the recipe has {got}")
-    if recipe.batch_size > len(data.train_labels):
+def _check(recipe: Recipe, task: Task, processes: int) -> None:
+    """Refuse what does not fit together."""
+    if recipe.batch_size > task.train.size:
+        raise RecipeError(f"batch_size {recipe.batch_size} is larger than the {task.train.size:,} training examples")
+    if recipe.batch_size % (recipe.accumulate * processes):
         raise RecipeError(
-            f"batch_size {recipe.batch_size} is larger than {recipe.data}'s {len(data.train_labels):,} images"
+            f"batch_size must be a multiple of {recipe.accumulate} micro-batches × {processes} processes, "
+            f"got {recipe.batch_size}"
         )
-
-
-def _write_result(result: Result) -> None:
-    """Write result.json aside, then rename it; a loss that is not finite is written as a string."""
-    loss = result.loss if math.isfinite(result.loss) else str(result.loss)
-    content = asdict(result) | {"loss": loss}
-    del content["folder"]
-    aside = result.folder / "result.json.part"
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(result.folder / "result.json")
+    if recipe.patience is not None and task.evaluation is None:
+        raise RecipeError("patience needs examples to evaluate on, and the task has none: give it `evaluation`")

@@ -1,8 +1,12 @@
 """What a run tells while it goes on, and when it has ended."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from trimtab.errors import RunFolderError
+from trimtab.watch.runlog import write_json
 
 Status = Literal["finished", "diverged", "stopped early", "out of time", "interrupted"]
 
@@ -77,3 +81,37 @@ class Result:
     test: dict[str, float] = field(default_factory=dict)
     metric: str | None = None
     higher_is_better: bool = False
+
+
+RESULT = "result.json"
+
+
+def write_result(result: Result) -> None:
+    """Write result.json into the run's folder, aside and then renamed."""
+    content = asdict(result)
+    del content["folder"]
+    write_json(result.folder / RESULT, content)
+
+
+def read_result(folder: Path) -> Result | None:
+    """Read result.json back; None if the run has none.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = {each.name: content[each.name] for each in fields(Result) if each.name != "folder"}
+        return Result(folder=folder, **{name: _as_written(name, value) for name, value in known.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}): remove it, and the run ends once more") from None
+
+
+def _as_written(name: str, value: Any) -> Any:
+    """Floats that are not finite are strings in the file."""
+    if isinstance(value, dict):
+        return {key: float(entry) for key, entry in value.items()}
+    return float(value) if isinstance(value, str) and name not in ("status", "metric") else value

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trimtab.train.log import PlainLog
 from trimtab.watch import Watch
 
 
@@ -16,7 +17,7 @@ class Tensors(Protocol):
         """The tensors, whole, also when they are sharded."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the tensors back."""
+        """Copy the tensors back; they are not to be kept."""
 
 
 @dataclass
@@ -28,15 +29,16 @@ class TrainState:
         optimizers: of its parameters.
         average: the moving average of the weights, if there is one.
         scaler: torch's GradScaler under fp16.
-        watch: the Watch that looks on, or None.
+        watch: the Watch that looks on, or the plain log in its place.
         step: optimiser steps taken.
-        facts: plain values that JSON can hold: seconds so far, initial and best metrics, evaluations without a better.
+        facts: plain values that JSON can hold: seconds so far, initial and best metrics ("best", with the metrics by
+            name), evaluations without a better.
     """
 
     model: nn.Module
     optimizers: list[Optimizer]
     average: Tensors | None = None
     scaler: Any = None
-    watch: Watch | None = None
+    watch: Watch | PlainLog | None = None
     step: int = 0
     facts: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -52,6 +52,15 @@ class Instruments:
     def close(self) -> None:
         """Remove every hook."""
         self._open.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered from one logged step to the next: plain values and tensors."""
+        return {"sigmas": self._sigmas.state_dict(), "activations": self._activations.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._sigmas.load_state_dict(state["sigmas"])
+        self._activations.load_state_dict(state["activations"])
 
     def take(self, slow: bool) -> Sight:
         """What this process saw since the last time; what was not seen is absent."""

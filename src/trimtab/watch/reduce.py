@@ -5,12 +5,14 @@ So alarms, which are decided from that line alone, are decided the same way ever
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from trimtab.watch.alarms import Head, Reading
 from trimtab.watch.taps.gradients import MicroBatches
+
+Result = TypeVar("Result")
 
 
 class Sight(NamedTuple):
@@ -38,25 +40,31 @@ class Ranks:
         self._group = group
         several = dist.is_available() and dist.is_initialized()
         self.size: int = dist.get_world_size(group) if several else 1
-        self.first: bool = self.size == 1 or dist.get_rank(group) == 0
+        self.rank: int = 0 if self.size == 1 else dist.get_rank(group)
+        self.first: bool = self.rank == 0
 
     def together(self, sight: Sight) -> Sight:
         """The sight of all processes; all of them must ask for the same step."""
-        return combine(self._gather(sight))
+        return combine(self.gather(sight))
 
     def first_does(self, work: Callable[[], None]) -> None:
         """Let the first process do something; its error is raised in all of them, so that none is left waiting."""
-        error: Exception | None = None
-        if self.first:
-            try:
-                work()
-            except Exception as caught:
-                error = caught
-        found = next((caught for caught in self._gather(error) if caught is not None), None)
-        if found is not None:
-            raise found
+        self.all_do(work if self.first else lambda: None)
 
-    def _gather(self, mine: Any) -> list[Any]:
+    def all_do(self, work: Callable[[], Result]) -> Result:
+        """Do something in every process; an error in one is raised in all of them, so that none is left waiting."""
+        error, found = None, []
+        try:
+            found.append(work())
+        except Exception as caught:
+            error = caught
+        errors = [caught for caught in self.gather(error) if caught is not None]
+        if errors:
+            raise errors[0]
+        return found[0]
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process gives, in their order; all of them must give something."""
         if self.size == 1:
             return [mine]
         everyones: list[Any] = [None] * self.size

@@ -41,34 +41,50 @@ class RunLog:
     Args:
         folder: is made if it is not there.
         run_info: what run.json says, as `run_info` returns it.
+        resume: whether a run that is there is continued: its run.json and its whole lines stay, what a kill has torn
+            is cut off, and lines up to the last that is there are not written again.
+
+    Attributes:
+        last_step: the last step that the log held when it was opened; 0 of a new one.
 
     Raises:
-        RunFolderError: the folder cannot be written to, or already holds a run.
+        RunFolderError: the folder cannot be written to, or already holds a run that is not to be resumed.
     """
 
-    def __init__(self, folder: Path, run_info: Mapping[str, Any]) -> None:
-        refuse_used(folder)
+    def __init__(self, folder: Path, run_info: Mapping[str, Any], *, resume: bool = False) -> None:
+        if not resume:
+            refuse_used(folder)
+        self.last_step = 0
         self._folder = folder
         self._files: list[FileIO] = []  # steps.jsonl, then the arrays in the order of ARRAYS; empty when it is over
         self._heads: list[Head] = []
         self._num_lines = 0
         self._told_late = False
+        goes_on = resume and (folder / STEPS).exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if goes_on:
+                self._go_on()
+                if not (folder / "run.json").exists():
+                    write_json(folder / "run.json", run_info)
+                return
             # Exclusive: of two processes that start into one folder, one is refused.
             self._files.append(open(folder / STEPS, "xb", buffering=0))  # noqa: SIM115 - open until close
             write_json(folder / "run.json", run_info)
         except OSError as error:
-            if self._files:  # what was begun here would be taken for a run
-                self.close()
+            begun = bool(self._files) and not goes_on
+            self.close()
+            if begun:  # what was begun here would be taken for a run
                 for name in (STEPS, "run.json", "run.json.part"):
                     (folder / name).unlink(missing_ok=True)
             raise _cannot_write(folder, error) from error
 
-    def write(self, line: Mapping[str, Any], readings: Mapping[Head, Reading]) -> None:
-        """Append one logged step: a row to each array, then the line."""
+    def write(self, line: Mapping[str, Any], readings: Mapping[Head, Reading]) -> bool:
+        """Append one logged step, a row to each array, then the line; return False where it is there already."""
+        if line["step"] <= self.last_step:
+            return False
         if not self._files:
-            return
+            return True
         sizes: dict[FileIO, int] = {}
         try:
             if os.fstat(self._files[0].fileno()).st_nlink == 0:
@@ -93,12 +109,43 @@ class RunLog:
         except BaseException:  # Ctrl-C: half a row would shift all that follow
             _cut(sizes)
             raise
+        return True
 
     def close(self) -> None:
         """Close the files; what is written afterwards is dropped."""
         for file in self._files:
             file.close()
         self._files = []
+
+    def _go_on(self) -> None:
+        """Open the files of the run that is there, all with as many rows as there are whole lines."""
+        lines = open(self._folder / STEPS, "r+b", buffering=0)  # noqa: SIM115 - open until close
+        self._files.append(lines)
+        size = 0
+        for line in lines.readall().splitlines(keepends=True):
+            step = _step_of(line)
+            if step is None:
+                break
+            self.last_step, self._num_lines, size = step, self._num_lines + 1, size + len(line)
+        lines.truncate(size)
+        lines.seek(size)
+        if not (self._folder / "heads.json").exists():
+            return
+        named = json.loads((self._folder / "heads.json").read_text(encoding="utf-8"))["heads"]
+        self._heads = [Head(head["module"], head["head"]) for head in named]
+        row = 4 * len(self._heads)
+        for name in ARRAYS:
+            path = self._folder / name
+            path.touch()
+            self._files.append(open(path, "r+b", buffering=0))  # noqa: SIM115 - open until close
+            whole = min(path.stat().st_size // row, self._num_lines)
+            self._files[-1].truncate(whole * row)
+            self._files[-1].seek(whole * row)
+            _append(self._files[-1], self._unseen(self._num_lines - whole))
+
+    def _unseen(self, lines: int) -> bytes:
+        """Rows of lines without attention."""
+        return np.full(lines * len(self._heads), math.nan, dtype="<f4").tobytes()
 
     def _rows(self, readings: Mapping[Head, Reading]) -> NDArray[np.float32]:
         """The readings of the named heads, (heads, fields); NaN for those that were not seen."""
@@ -114,11 +161,10 @@ class RunLog:
     def _begin_arrays(self, heads: list[Head]) -> None:
         """Name the heads, and give the lines before attention was first seen their rows of NaN."""
         write_json(self._folder / "heads.json", {"heads": [head._asdict() for head in heads]})
-        nothing = np.full(self._num_lines * len(heads), math.nan, dtype="<f4").tobytes()
+        self._heads = heads
         for name in ARRAYS:
             self._files.append(open(self._folder / name, "wb", buffering=0))  # noqa: SIM115 - open until close
-            _append(self._files[-1], nothing)
-        self._heads = heads
+            _append(self._files[-1], self._unseen(self._num_lines))
 
 
 def refuse_used(folder: Path) -> None:
@@ -184,6 +230,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     return str(value) if isinstance(value, Path) else value
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of the log; None of one that is torn."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _cut(sizes: Mapping[FileIO, int]) -> None:

@@ -82,6 +82,8 @@ class Watch:
             tensor or pipeline parallelism, where the same head number is another head elsewhere, pass the group of
             data parallelism, and give each of these groups a folder of its own. On GPUs let each process choose its
             device first (torch.cuda.set_device).
+        resume: whether the folder may hold a run, which this one continues: its lines stay and none is written twice.
+            Give the watch what `state_dict` returned at the checkpoint, with `load_state_dict`, after entering it.
 
     Attributes:
         alarms: every `Alarm` so far, oldest first.
@@ -105,6 +107,7 @@ class Watch:
         on_alarm: Callable[[Alarm], object] | None = None,
         sinks: Sequence[Sink] = (),
         process_group: Any = None,
+        resume: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
@@ -130,7 +133,7 @@ class Watch:
         self.alarms: list[Alarm] = []
         self.last: dict[str, Any] = {}
         self._model, self._folder, self._every, self._slow_every = model, Path(folder), every, slow_every
-        self._run, self._on_alarm, self._group = run, on_alarm, process_group
+        self._run, self._on_alarm, self._group, self._resume = run, on_alarm, process_group, resume
         self._sinks = list(sinks)
         self._decide = Alarms(thresholds)
         self._steps = 0
@@ -142,7 +145,7 @@ class Watch:
         self._is_open = False
         self._measuring = False  # forwards of our own are none of training's
         self._info()  # refuses what cannot be written
-        if Ranks(process_group).size == 1:  # of several, one may have begun to write already
+        if not resume and Ranks(process_group).size == 1:  # of several, one may have begun to write already
             refuse_used(self._folder)
 
     @property
@@ -213,8 +216,7 @@ class Watch:
         line |= {"alarms": [asdict(alarm) for alarm in alarms], "time": time.perf_counter() - self._began}
         line |= {name: sight.line[name] for name in sight.line if name not in _OWN_NAMES}
         self._steps += 1
-        if self._log is not None:
-            self._log.write(line, sight.readings)
+        if self._log is not None and self._log.write(line, sight.readings):
             self._write_to_sinks(line, sight.readings)
         self.last = line
         self.alarms += alarms
@@ -271,6 +273,43 @@ class Watch:
         self._sharpness = found
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later lines and alarms depend on: plain values and tensors, the same on every process.
+
+        Raises:
+            RuntimeError: the watch is not open.
+        """
+        instruments = self._entered()
+        return {
+            "steps": self._steps,
+            "time": time.perf_counter() - self._began,
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "last": self.last,
+            "decide": self._decide.state(),
+            "noise": None if self._noise is None else self._noise._asdict(),
+            "sharpness": None if self._sharpness is None else self._sharpness._asdict(),
+            "instruments": instruments.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, as if there had been no break; times go on from there, too.
+
+        Raises:
+            RuntimeError: the watch is not open.
+        """
+        self._entered().load_state_dict(state["instruments"])
+        self._steps, self.last = state["steps"], dict(state["last"])
+        self._began = time.perf_counter() - state["time"]
+        self.alarms[:] = [Alarm(**alarm) for alarm in state["alarms"]]
+        self._decide.load(state["decide"])
+        self._noise = None if state["noise"] is None else GradientNoise(**state["noise"])
+        self._sharpness = None if state["sharpness"] is None else Sharpness(**state["sharpness"])
+
+    def _entered(self) -> Instruments:
+        if self._instruments is None or not self._is_open:
+            raise RuntimeError("the state of a watch is that of an open one: use it inside its with block")
+        return self._instruments
+
     @property
     def _next_step_is_slow(self) -> bool:
         return self._steps == 0 or (self._steps + 1) % self._slow_every == 0
@@ -279,7 +318,7 @@ class Watch:
         return run_info(self._every, self._run)
 
     def _open_log(self) -> None:
-        self._log = RunLog(self._folder, self._info())
+        self._log = RunLog(self._folder, self._info(), resume=self._resume)
         self._open.callback(self._log.close)
         self._open.callback(self._close_sinks)
 

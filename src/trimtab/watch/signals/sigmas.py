@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,20 @@ class SigmaTracker:
         self._iterations, self._vectors = iterations, vectors
         self._bases: dict[_Stack, Tensor] = {}  # (weights, vectors, columns)
         self._last: dict[str, float] = {}  # sigmas read last
+        self._loaded: dict[tuple[str, ...], Tensor] = {}  # bases by the names of their weights, until the next reading
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next reading starts from: plain values and tensors."""
+        bases = {stack.names: basis for stack, basis in self._bases.items()} | self._loaded
+        return {
+            "last": dict(self._last),
+            "bases": [{"names": list(names), "basis": basis} for names, basis in bases.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._bases, self._last = {}, dict(state["last"])
+        self._loaded = {tuple(kept["names"]): kept["basis"].clone() for kept in state["bases"]}
 
     @torch.no_grad()
     def read(self, weights: Mapping[str, Tensor], *, exact: bool = False) -> WeightReading:
@@ -72,6 +86,10 @@ class SigmaTracker:
         matrices = {name: weight.detach().flatten(1) for name, weight in weights.items()}
         stacks = _stacks(matrices)
         self._bases = {stack: self._bases[stack] for stack in stacks if stack in self._bases}
+        for stack in stacks:
+            if stack.names in self._loaded:
+                self._bases[stack] = self._loaded[stack.names].to(stack.device)
+        self._loaded = {}
         followed = set() if exact else set(self._bases)
         sigmas: dict[str, float] = {}
         with ExitStack() as contexts:

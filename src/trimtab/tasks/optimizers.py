@@ -1,0 +1,60 @@
+"""The optimisers that a recipe names, made for a model."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from trimtab.errors import RecipeError
+
+if TYPE_CHECKING:
+    from trimtab.tasks.recipe import Recipe
+
+
+def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
+    """Make the optimisers of a recipe for a model that is where, and in the shards that, it will be trained.
+
+    Raises:
+        RecipeError: this torch has no Muon, or the model nothing for it.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lr, betas, decay = recipe.lr, recipe.betas, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return [SGD(trained, lr, momentum=0.9, weight_decay=decay)]
+    if recipe.optimizer == "adam":
+        return [Adam(trained, lr, betas=betas, weight_decay=decay, fused=True)]
+    if recipe.optimizer == "adamw":
+        return [AdamW(trained, lr, betas=betas, weight_decay=decay, fused=True)]
+    if not hasattr(torch.optim, "Muon"):
+        raise RecipeError(f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw, or update")
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise RecipeError("optimizer muon found no matrix between the first and the last layer to train: use adamw")
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in chosen]
+    # Its steps are scaled to the size of AdamW's, so that one learning rate and one decay serve both (Liu et al.,
+    # arXiv 2502.16982, section 2.2).
+    muon = torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, AdamW(rest, lr, betas=betas, weight_decay=decay, fused=True)] if rest else [muon]
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights (rows, columns) of linear maps between hidden features, which is what Muon is for.
+
+    Left out are embeddings and whatever is tied to one, and the last linear layer, which is the head.
+    """
+    modules = list(model.modules())
+    embedded = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters()}
+    linear = [p for module in modules if _is_linear(module) for p in module.parameters(recurse=False) if p.ndim == 2]
+    last = linear[-1:]
+    found = {id(p): p for p in linear if p.requires_grad and id(p) not in embedded and p is not last[0]}
+    return list(found.values())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Hugging Face's Conv1D is a linear layer; a parametrized weight lies in a ParametrizationList.
+    return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ in (
+        "Conv1D",
+        "ParametrizationList",
+    )

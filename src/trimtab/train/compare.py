@@ -1,0 +1,295 @@
+"""The same training under every arm, learning rate and seed of a grid, many runs at a time."""
+
+import json
+import math
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import RecipeError, RunFolderError, TrimtabError
+from trimtab.stabilizers import Stabilizer, parse
+from trimtab.tasks.recipe import Recipe
+from trimtab.train.grid import RunPlace, plan
+from trimtab.train.hardware import Hardware
+from trimtab.train.loop import train
+from trimtab.train.parcels import pack
+from trimtab.train.progress import Progress, Result, read_result
+from trimtab.train.workers import cores, run_all, visible_gpus
+
+COMPARE = "compare.json"
+ERROR = "error.json"
+
+_PRELOAD = ("lightning_fabric", "trimtab.train.compare")  # seconds of importing
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that raised, or whose process was killed; the other runs go on. It is in error.json of the run's folder.
+
+    Attributes:
+        folder: the run's.
+        kind: the name of the exception, or "WorkerDied".
+        error: what it says.
+    """
+
+    folder: Path
+    kind: str
+    error: str
+
+
+OnNews = Callable[[str, Progress | Result | Failure], None]
+
+
+def compare(
+    arms: Mapping[str, Recipe],
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    jobs: int | None = None,
+    ray_address: str | None = None,
+    on_news: OnNews | None = None,
+    hardware: Hardware = Hardware(),  # noqa: B008 - it is frozen
+    facts: Mapping[str, Any] | None = None,
+) -> list[RunPlace]:
+    """Train every arm at every learning rate with every seed; all arms see the same seeds and order of examples.
+
+    In a folder that holds a part of this compare it goes on: finished and diverged runs are kept, unfinished ones
+    continued, failed ones tried again. Learning rates, seeds and arms may be added so to an earlier compare, as long
+    as the arms that it has are still there, with the same recipes.
+
+    Ctrl-C and SIGTERM stop it: runs under way save a checkpoint first, from which the same call continues.
+
+    Args:
+        arms: name of each arm, and its recipe; its learning rate and seed are replaced by the grid's.
+        lrs: learning rates.
+        seeds: seeds.
+        folder: receives compare.json and a folder for every run, runs/<arm>/lr<lr>-seed<seed>.
+        jobs: runs at the same time; by default one on each GPU, or else on each core. They share GPUs or cores evenly.
+        ray_address: of a Ray cluster that does the runs, "auto" for the one this machine belongs to; all of its
+            nodes need the folder at the same path.
+        on_news: called with a run's name and how it goes: `Progress` at logged steps, `Result` or `Failure` at its
+            end. Runs that were finished before are told of first.
+        hardware: of each run.
+        facts: for every run.json; "recipe_name" goes to compare.json, too.
+
+    Returns:
+        The runs in the order in which they train. The folder of each has result.json, or error.json.
+
+    Raises:
+        RecipeError: the grid is empty or not valid, or a recipe or stabilizer is. Nothing has been written then.
+        RunFolderError: the folder holds another compare, or something else.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM.
+    """
+    places = plan(arms, lrs, seeds, folder)
+    facts = dict(facts or {})
+    _refuse_no_jobs(jobs)
+    _tasks(places, hardware, facts)
+    _open_folder(Path(folder), arms, lrs, seeds, facts.get("recipe_name"))
+    run_places(places, jobs=jobs, ray_address=ray_address, on_news=on_news, hardware=hardware, facts=facts)
+    return places
+
+
+def run_places(
+    places: Sequence[RunPlace],
+    *,
+    jobs: int | None = None,
+    threads: int | None = None,
+    ray_address: str | None = None,
+    on_news: OnNews | None = None,
+    hardware: Hardware = Hardware(),  # noqa: B008 - it is frozen
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Result | Failure]:
+    """Train planned runs, wherever they lie; see `compare`.
+
+    Args:
+        places: the runs.
+        jobs: as in `compare`.
+        threads: of torch in each run; by default the cores are shared.
+        ray_address: as in `compare`.
+        on_news: as in `compare`.
+        hardware: as in `compare`.
+        facts: as in `compare`.
+
+    Returns:
+        How each run ended, by name.
+    """
+    _refuse_no_jobs(jobs)
+    tell = on_news or _ignore
+    outcomes: dict[str, Result | Failure] = {}
+    for place in places:
+        if result := finished(place):
+            outcomes[place.name] = result
+            tell(place.name, result)
+    tasks = _tasks([place for place in places if place.name not in outcomes], hardware, facts or {})
+    if ray_address is not None and tasks:
+        from trimtab.train.ray_cluster import run_on_ray
+
+        folder = Path(os.path.commonpath([place.folder.absolute() for place in places]))
+        outcomes |= run_on_ray(
+            _train,
+            tasks,
+            ray_address,
+            folder,
+            jobs=jobs,
+            gpus=hardware.accelerator != "cpu",
+            look=_look,
+            tell=tell,
+            lost=_lost,
+        )
+    elif tasks:
+        gpus = [] if hardware.accelerator == "cpu" else visible_gpus()
+        jobs = jobs or len(gpus) or cores()
+        threads = threads or max(1, cores() // jobs)
+        outcomes |= run_all(
+            _train, tasks, jobs=jobs, threads=threads, gpus=gpus, preload=_PRELOAD, tell=tell, lost=_lost
+        )
+    return outcomes
+
+
+def finished(place: RunPlace) -> Result | None:
+    """The result of a planned run, or None if its folder holds no whole one of the same recipe."""
+    try:
+        same = json.loads((place.folder / "run.json").read_bytes())["recipe"] == _plain(place.recipe)
+        return read_result(place.folder) if same else None
+    except (OSError, ValueError, TypeError, KeyError, RunFolderError):  # train() says what is wrong with it
+        return None
+
+
+def _tasks(places: Sequence[RunPlace], hardware: Hardware, facts: Mapping[str, Any]) -> dict[str, "_Task"]:
+    """What workers are to do.
+
+    Raises:
+        RecipeError: a recipe cannot travel to them.
+    """
+    tasks = {}
+    for place in places:
+        # With a stabilizer's class comes its file, which registers it.
+        classes = tuple(type(stabilizer) for stabilizer in parse(place.recipe.stabilizer))
+        tasks[place.name] = task = (place, classes, hardware, facts)
+        try:
+            pack(task)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            name = type(place.recipe).__name__
+            raise RecipeError(
+                f"the recipe {name} cannot be sent to another process ({error}): define its classes at the top level "
+                "of a file, and keep plain values in its fields"
+            ) from None
+    return tasks
+
+
+_Task = tuple[RunPlace, tuple[type[Stabilizer], ...], Hardware, Mapping[str, Any]]
+
+
+def _train(task: _Task, tell: Callable[[Progress], None]) -> Result | Failure:
+    """Train one run, in a worker; what it raises is recorded and ends nothing else."""
+    place, _, hardware, facts = task
+    (place.folder / ERROR).unlink(missing_ok=True)
+    try:
+        return train(place.recipe, place.folder, tell, hardware=hardware, facts={**facts, "arm": place.arm})
+    except Exception as error:
+        lines = "" if isinstance(error, TrimtabError) else traceback.format_exc()
+        return _record(place, type(error).__name__, str(error), lines)
+
+
+def _look(task: _Task) -> Progress | None:
+    """How a run goes, from the last line of its log."""
+    place = task[0]
+    try:
+        line = json.loads((place.folder / "steps.jsonl").read_bytes().splitlines()[-1])
+        loss, seconds = float(line["loss"]), float(line["time"])
+        lr = line["lr"][0] if isinstance(line["lr"], list) else line["lr"]
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or just being written
+        return None
+    low = line.get("entropy_min")
+    alarms = tuple(alarm["message"] for alarm in line.get("alarms", ()))
+    entropy = None if low is None else float(low)
+    return Progress(line["step"], place.recipe.steps, loss, lr, {}, entropy, None, alarms, seconds, math.nan)
+
+
+def _lost(task: _Task, kind: str, error: str) -> Result | Failure:
+    place = task[0]
+    return finished(place) or _record(place, kind, error)  # it may have been killed just after its end
+
+
+def _record(place: RunPlace, kind: str, error: str, lines: str = "") -> Failure:
+    """Write error.json; of a run that has not begun, it alone tells which one it was."""
+    recipe = place.recipe
+    content = {"kind": kind, "error": error, "arm": place.arm, "lr": recipe.lr, "seed": recipe.seed}
+    if lines:
+        content["traceback"] = lines
+    place.folder.mkdir(parents=True, exist_ok=True)
+    _write(place.folder / ERROR, content)
+    return Failure(place.folder, kind, error)
+
+
+def _open_folder(
+    folder: Path, arms: Mapping[str, Recipe], lrs: Sequence[float], seeds: Sequence[int], recipe_name: object
+) -> None:
+    """Make the folder, or find in it a compare that this one goes on with, and write compare.json."""
+    path = folder / COMPARE
+    recipes = {arm: _plain(recipe) for arm, recipe in arms.items()}
+    before: dict[str, Any] = {"lrs": [], "seeds": []}
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file; a compare needs a folder")
+    if path.is_file():
+        try:
+            before = json.loads(path.read_bytes())
+            _refuse_another(folder, before["arms"], recipes)
+            before = {"lrs": list(before["lrs"]), "seeds": list(before["seeds"])}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise RunFolderError(f"{path} is damaged; choose another folder, or remove {folder} first") from None
+    elif folder.is_dir() and any(entry.name != f"{COMPARE}.part" for entry in folder.iterdir()):
+        raise RunFolderError(f"{folder} is not empty and holds no compare; choose another folder")
+    content = {
+        "recipe_name": recipe_name,
+        "arms": recipes,
+        "lrs": sorted({*before["lrs"], *lrs}),
+        "seeds": sorted({*before["seeds"], *seeds}),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, content)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+
+
+def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    for arm, recipe in there.items():
+        if arm not in here:
+            raise RunFolderError(
+                f"{folder} holds a compare with the arm {arm!r}, which this one lacks; name all its arms "
+                f"({', '.join(there)}) and those to add, or choose another folder"
+            )
+        for name in dict.fromkeys((*recipe, *here[arm])):
+            was, now = recipe.get(name), here[arm].get(name)
+            if was != now and name not in ("lr", "seed"):
+                raise RunFolderError(
+                    f"{folder} holds another compare: {name} of the arm {arm!r} is {was!r} there and {now!r} here; "
+                    "choose another folder"
+                )
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON gives it back."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _refuse_no_jobs(jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"jobs must be at least 1, got {jobs}")
+
+
+def _ignore(name: str, news: object) -> None:
+    """Tell nobody."""

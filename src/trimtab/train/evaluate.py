@@ -1,0 +1,101 @@
+"""Measure a model on examples: each of them once, whatever the number of processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import RecipeError
+from trimtab.tasks.task import Batch, Examples, Task
+from trimtab.train.hardware import reshard_
+from trimtab.train.order import derived_seed
+from trimtab.train.randomness import kept
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@torch.no_grad()
+def evaluate(
+    fabric: "Fabric", model: nn.Module, task: Task, examples: Examples, batch_size: int, seed: int
+) -> dict[str, float]:
+    """The metrics of a model in eval mode; training goes on afterwards as if nothing had been measured.
+
+    The scores are summed in float64, so that a mean over a million examples is one, and what is not finite in them
+    makes the metric so.
+
+    Args:
+        fabric: the processes, which share the examples; all of them must call.
+        model: as `Task.score` is to call it.
+        task: its score and its summary.
+        examples: what to measure on.
+        batch_size: examples in a forward of one process.
+        seed: of the generator that batches are made with.
+
+    Returns:
+        The metrics by name, the same in all processes.
+
+    Raises:
+        RecipeError: the task's score returns something else than one number for each example, or its summary has no
+            metric of the name that decides.
+    """
+    totals: dict[str, Tensor] = {}
+    with kept(fabric.device), _eval_mode(model):
+        generator = torch.Generator().manual_seed(derived_seed("evaluation", seed, fabric.global_rank))
+        for indices, valid in _shares(examples.size, batch_size, fabric.global_rank, fabric.world_size):
+            batch = fabric.to_device(examples.batch(indices, generator))
+            with fabric.autocast():
+                scores = _scores(task, model, batch, len(indices))
+            for name, values in scores.items():
+                totals[name] = totals.get(name, 0) + values[:valid].double().sum()
+    reshard_(model)
+    sums = torch.stack([totals[name] for name in totals])
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(sums)
+    metrics = task.summarize(dict(zip(totals, (sums / examples.size).tolist(), strict=True)))
+    if task.metric not in metrics:
+        raise RecipeError(
+            f"the task decides by the metric {task.metric!r}, and measures {', '.join(metrics) or 'nothing'}: "
+            "let `score` or `summarize` return it, or name another in `metric`"
+        )
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _shares(size: int, batch_size: int, rank: int, processes: int) -> Iterator[tuple[Tensor, int]]:
+    """The batches of one process: indices (B,), and how many of them count.
+
+    Every process has as many, of the same sizes, since each forward may be one of all processes together; what is
+    missing is filled up with the last example, which then does not count.
+    """
+    each = -(-size // processes)
+    for start in range(rank * each, (rank + 1) * each, batch_size):
+        stop = min(start + batch_size, (rank + 1) * each)
+        yield torch.arange(start, stop).clamp_(max=size - 1), max(0, min(stop, size) - start)
+
+
+def _scores(task: Task, model: nn.Module, batch: Batch, size: int) -> dict[str, Tensor]:
+    if task.score is None:
+        raise RecipeError("a task needs a score to be measured")
+    scores = task.score(model, batch)
+    for name, values in scores.items():
+        if not isinstance(values, Tensor) or values.shape != (size,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise RecipeError(
+                f"the task's score must be one number for each example, a tensor of shape ({size},); "
+                f"{name!r} is {found}: take no mean over the batch"
+            )
+    return scores
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and then each module's own mode again: some may be kept in eval mode on purpose."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

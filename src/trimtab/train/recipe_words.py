@@ -1,0 +1,64 @@
+"""A recipe from the words of a command: its name, then its fields and the command's own options."""
+
+from collections.abc import Sequence
+from dataclasses import fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from trimtab.errors import RecipeError
+from trimtab.tasks.recipe import Recipe
+from trimtab.tasks.recipes import RECIPES
+from trimtab.words import parse_words
+
+T = TypeVar("T")
+
+
+def recipe_and_options(
+    recipe: Recipe, options: T, words: Sequence[str], prog: str, description: str | None = None
+) -> tuple[Recipe, T]:
+    """Override a recipe's fields, and a command's options, by what was typed.
+
+    Args:
+        recipe: its fields are flags, ``--lr``; those of a dataclass in it have its name before them, ``--model.depth``.
+        options: a frozen dataclass of defaults; its fields are flags, too. Given as a class, it has none to show.
+        words: what was typed after the recipe's name.
+        prog: the command, for its help.
+        description: one line for its help; the first of the recipe's class by default.
+
+    Raises:
+        RecipeError: a field is out of range, or is called like one of the options.
+        WordsError: a field is unknown or ill-typed.
+    """
+    import tyro
+
+    kind: Any = options if isinstance(options, type) else type(options)
+    taken = {field.name for field in fields(kind)} & {field.name for field in fields(recipe)}
+    if taken:
+        raise RecipeError(f"the recipe's field {taken.pop()!r} is an option of {prog.rsplit(' ', 1)[0]}: rename it")
+    bare = tyro.conf.arg(name="")
+    own: tuple[Any, ...] = ("options", Annotated[kind, bare, tyro.conf.FlagCreatePairsOff])
+    own = own if isinstance(options, type) else (*own, options)
+    both = make_dataclass("Words", [own, ("recipe", Annotated[type(recipe), bare], recipe)], frozen=True)
+    parsed: Any = parse_words(both, words, prog=prog, description=description or _first_line(recipe))
+    return parsed.recipe, parsed.options
+
+
+def about(name: str) -> str | None:
+    """One line about a recipe that comes with Trimtab."""
+    return _first_line(RECIPES[name]) if name in RECIPES else None
+
+
+def recipe_list() -> str:
+    """Every recipe's name, with one line about it."""
+    width = max(map(len, RECIPES)) + 2
+    lines = [f"  {name:<{width}}{_first_line(make)}" for name, make in RECIPES.items()]
+    return "\n".join(["recipes:", *lines, f"  {'file.py:NAME':<{width}}your own: a function that returns a Recipe"])
+
+
+def short_name(name: str) -> str:
+    """A recipe's name as a folder is called: "vit-digits", or "Mine" for "file.py:Mine"."""
+    return Path(name.rpartition(":")[2]).name
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]

@@ -1,0 +1,158 @@
+"""What a person sees of one run: a live table in a terminal, a line for each logged step elsewhere."""
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.report.sparkline import ASCII_BARS, BARS, sparkline
+from trimtab.report.terminal import duration
+from trimtab.train.progress import Progress
+from trimtab.train.signals import Interruption
+
+_POINTS = 200  # of a curve, the latest: no terminal shows more, and a frame must stay cheap
+_ALARMS = 3  # the latest, the newest in full
+
+
+class RunScreen:
+    """Shows one run as it goes on; a context manager, whose `show` is the run's `on_step`.
+
+    Args:
+        folder: the run's.
+        console: where it is shown.
+        seconds: the time that the run may take, if there is such a limit.
+        started_at: the step after which it goes on, 0 for one from the start.
+    """
+
+    def __init__(self, folder: Path, console: Console, seconds: float | None = None, started_at: int = 0) -> None:
+        self._folder, self._console, self._limit, self._started_at = folder, console, seconds, started_at
+        self._first: Progress | None = None
+        self._now: Progress | None = None
+        self._arrived = 0.0
+        # Tuples, replaced as a whole: the thread that draws reads them while training goes on.
+        self._curves: dict[str, tuple[float, ...]] = {}
+        # Lines printed meanwhile, a warning for instance, go above the table.
+        self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, now: Progress) -> None:
+        """Take note of a logged step."""
+        if self._first is None:
+            self._first = now
+            if self._started_at:
+                self._print(f"continues at step {self._started_at:,}")
+        told, before = (len(self._now.alarms), self._now.metrics) if self._now else (0, {})
+        metrics = now.metrics if now.metrics != before else {}  # those of an earlier step are not told twice
+        self._now, self._arrived = now, time.monotonic()
+        for name, value in {"loss": now.loss, "entropy": now.entropy_min, **metrics}.items():
+            if value is not None:
+                self._curves[name] = (*self._curves.get(name, ()), value)[-_POINTS:]
+        if not self._console.is_terminal:
+            self._print(_line(now, metrics, self._left(now)))
+            for message in now.alarms[told:]:
+                self._print(f"  alarm: {message}")
+
+    def _left(self, now: Progress, waited: float = 0.0) -> str:
+        """The time left in words, at the pace seen by this process; none of its first step, which is a slow one."""
+        first = self._first
+        left = math.inf if self._limit is None else self._limit - now.seconds
+        if first is not None and first.step < now.step:
+            pace = (now.seconds - first.seconds) / (now.step - first.step)
+            left = min(left, (now.steps - now.step) * pace)
+        return f"{duration(max(0.0, left - waited))} left" if math.isfinite(left) else ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """One frame, for the console's width, height and encoding."""
+        now, width = self._now, options.max_width
+        title = Table.grid(expand=True, padding=(0, 1, 0, 0))
+        title.add_column(no_wrap=True, overflow="ellipsis")
+        title.add_column(justify="right", no_wrap=True)
+        if now is None:
+            title.add_row(Text(str(self._folder), style="bold"), "getting ready")
+            yield title
+            return
+        left = "stopping after this step" if _asked_to_stop() else self._left(now, time.monotonic() - self._arrived)
+        step = f"step {now.step:,} of {now.steps:,}"
+        title.add_row(Text(str(self._folder), style="bold"), f"{step}, {left}" if left else step)
+        yield title
+        bar = Table.grid()  # alone it would not end its line
+        bar.add_row(ProgressBar(total=now.steps, completed=now.step, width=width))
+        yield bar
+        yield self._numbers(now, width, ASCII_BARS if options.ascii_only else BARS)
+        yield from _alarms(now.alarms)
+
+    def _numbers(self, now: Progress, width: int, bars: str) -> Table:
+        """One line a number: its name, its value now, and its course."""
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        table.add_column(no_wrap=True, min_width=8)
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        room = max(8, width - 36)  # what the longest label and number leave
+
+        def add(label: str, value: str, curve: str = "", beside: str = "") -> None:
+            table.add_row(Text(label, style="dim"), value, Text(curve, style="cyan") + Text(beside, style="dim"))
+
+        add("loss", f"{now.loss:.4g}", sparkline(self._curves["loss"], room, bars))
+        for name, value in now.metrics.items():
+            add(name, f"{value:.4g}", sparkline(self._curves[name], room, bars))
+        if now.entropy_min is not None:
+            head = now.worst_head or ""
+            short = head if len(head) <= room - 10 else "..." + head[13 - room :]
+            curve = sparkline(self._curves["entropy"], room - len(short) - 2, bars)
+            add("lowest entropy, of 1", f"{now.entropy_min:.3f}", curve + "  ", short)
+        add("learning rate", f"{now.lr:.4g}")
+        add("samples/s", f"{now.samples_per_second:,.0f}")
+        return table
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _line(now: Progress, metrics: Mapping[str, float], left: str) -> str:
+    """A logged step in one line."""
+    parts = [f"step {now.step}/{now.steps}", f"loss {now.loss:.4f}", f"lr {now.lr:.3g}"]
+    parts += [f"{name} {figures(value)}" for name, value in metrics.items()]
+    if now.entropy_min is not None and math.isfinite(now.entropy_min):
+        parts.append(f"lowest entropy {now.entropy_min:.3f}")
+    return "  ".join([*parts, f"{now.samples_per_second:,.0f} samples/s", *([left] if left else [])])
+
+
+def figures(value: float) -> str:
+    """A metric to four decimals, or to four figures when it is large."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def _asked_to_stop() -> bool:
+    """Whether Ctrl-C was pressed and the run is about to save and stop."""
+    handler = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return isinstance(handler, Interruption) and handler.asked
+
+
+def _alarms(alarms: tuple[str, ...]) -> RenderResult:
+    """The latest alarms, newest first: the newest in full, the others as far as a line goes."""
+    if not alarms:
+        return
+    number = "1 alarm" if len(alarms) == 1 else f"{len(alarms)} alarms, the latest first"
+    yield Text(number, style="bold red")
+    yield Text(alarms[-1])
+    for message in alarms[-2 : -_ALARMS - 1 : -1]:
+        yield Text(message, style="dim", no_wrap=True, overflow="ellipsis")

@@ -1,0 +1,168 @@
+"""`trimtab train` and `trimtab recipes`."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from trimtab.errors import RecipeError, RunFolderError
+from trimtab.report.runlog import read_json
+from trimtab.report.terminal import duration
+from trimtab.tasks.recipe import Recipe
+from trimtab.tasks.recipes import find_recipe, recipe_of
+from trimtab.train.checkpoint_files import CHECKPOINTS, in_order, step_of
+from trimtab.train.hardware import Hardware, Strategy
+from trimtab.train.loop import train
+from trimtab.train.progress import RESULT, Result
+from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
+from trimtab.train.screen import RunScreen, figures
+
+_USAGE = """usage: trimtab train NAME [--FIELD VALUE ...] [--folder FOLDER]
+       trimtab train --from FOLDER/run.json [--FIELD VALUE ...] [--folder FOLDER]
+
+Train one recipe, watched. The same command again goes on where it was interrupted, bit for bit; --from repeats a run.
+
+{recipes}
+
+  trimtab train NAME --help tells a recipe's fields and their defaults."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    folder: Path
+    """The run's folder: a new one, or one to go on in."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+
+    strategy: Strategy = "auto"
+    """How several processes (torchrun) share the work; auto is ddp."""
+
+
+def recipes_command(words: Sequence[str]) -> int:
+    """Run `trimtab recipes`: print the names, with one line each."""
+    if words and words[0] not in ("-h", "--help"):
+        raise RecipeError(
+            f"trimtab recipes takes nothing more, got {words[0]!r}; trimtab train NAME --help tells fields"
+        )
+    print(recipe_list())
+    return 0
+
+
+def train_command(words: Sequence[str]) -> int:
+    """Run `trimtab train`.
+
+    Args:
+        words: what follows `train` on the command line.
+
+    Returns:
+        The exit code: 0 for a run that ended, diverged or not; 130 for one that Ctrl-C stopped.
+
+    Raises:
+        TrimtabError: the recipe, a field, the data or the folder are not right.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE.format(recipes=recipe_list()))
+        return 0
+    first, *rest = words
+    again = ["trimtab", "train", *words]
+    if first.partition("=")[0] == "--from":
+        path = first.partition("=")[2] or (rest.pop(0) if rest else "")
+        recipe, facts, folder = _earlier(Path(path))
+        recipe, options = recipe_and_options(recipe, _Options(folder), rest, f"trimtab train --from {path}")
+        if options.folder == folder:  # the next time, it would be another new one
+            _refuse_several(folder)
+            again += ["--folder", str(folder)]
+    elif first.startswith("-"):
+        raise RecipeError(f"a recipe's name comes first, then {first}: trimtab train NAME {shlex.join(words)}")
+    else:
+        recipe, facts, folder = find_recipe(first), {"recipe_name": first}, Path("runs") / short_name(first)
+        recipe, options = recipe_and_options(recipe, _Options(folder), rest, f"trimtab train {first}", about(first))
+    return _train(recipe, options, facts, shlex.join(again))
+
+
+def _train(recipe: Recipe, options: _Options, facts: Mapping[str, Any], again: str) -> int:
+    folder, console = options.folder, Console(quiet=_rank() > 0, highlight=False)
+    finished = (folder / RESULT).is_file()
+    screen = RunScreen(folder, console, recipe.seconds, 0 if finished else _last_checkpoint(folder))
+    with screen:
+        hardware = Hardware(options.accelerator, options.strategy)
+        result = train(recipe, folder, screen.show, hardware=hardware, facts=facts)
+    lines = []
+    if finished:
+        lines.append(
+            f"{folder} holds this run, at its end; to train it anew, choose another --folder, or remove this one"
+        )
+    lines += _ending(result, recipe, again)
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    return 130 if result.status == "interrupted" else 0
+
+
+def _ending(result: Result, recipe: Recipe, again: str) -> list[str]:
+    """How the run ended, and what to do next."""
+    if result.status == "interrupted":
+        return [f"stopped; saved at step {result.steps:,}. The same command goes on: {again}"]
+    steps, folder = f"{result.steps:,} of {recipe.steps:,} steps", result.folder
+    lines = [f"{result.status} after {steps}, {duration(result.seconds)}, loss {result.loss:.4g}"]
+    if result.metrics:
+        lines.append(_numbers("metrics", result.metrics))
+    if result.best and result.best != result.metrics:
+        lines.append(_numbers(f"best {result.metric}, at step {result.best_step:,}", result.best))
+    if result.test:
+        lines.append(_numbers("on the test examples", result.test))
+    if result.status == "diverged":
+        lines.append(
+            f"what to try: a lower learning rate (--lr {recipe.lr / 3:.1g}), a warmup (--warmup-steps "
+            f"{max(1, recipe.steps // 10)}), or a stabilizer (--stabilizer sigma); docs/stabilizers.md tells which"
+        )
+    lines.append(
+        f"speed: {result.samples_per_second:,.0f} samples/s; the loader alone would make "
+        f"{result.loader_samples_per_second:,.0f}"
+    )
+    return [*lines, f"run folder: {folder}", f"next: trimtab report {shlex.quote(str(folder))}"]
+
+
+def _numbers(title: str, metrics: Mapping[str, float]) -> str:
+    return f"{title}: " + ", ".join(f"{name} {figures(value)}" for name, value in metrics.items())
+
+
+def _last_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    return max((step_of(path) or 0 for path in in_order(folder / CHECKPOINTS)), default=0)
+
+
+def _earlier(path: Path) -> tuple[Recipe, dict[str, Any], Path]:
+    """An earlier run's recipe and facts, and a new folder beside its own."""
+    path = path / "run.json" if path.is_dir() else path
+    info = read_json(path)
+    if not info:
+        raise RunFolderError(f"there is no {path}; --from takes the run.json of a run, or its folder")
+    _tell_of_versions(info)
+    folder = path.parent
+    names = (folder.with_name(f"{folder.name or 'run'}-again{number}") for number in ("", *range(2, 10_000)))
+    facts = {key: info[key] for key in ("recipe_name",) if key in info}
+    return recipe_of(info), facts, next(name for name in names if not name.exists())
+
+
+def _tell_of_versions(info: Mapping[str, Any]) -> None:
+    from trimtab import __version__
+
+    for name, here in (("trimtab", __version__), ("torch", str(torch.__version__))):
+        if name in info and info[name] != here and not _rank():
+            print(f"note: that run used {name} {info[name]}, this is {here}: numbers may differ", file=sys.stderr)
+
+
+def _refuse_several(folder: Path) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunFolderError(f"several processes need to agree on a new folder: name it, --folder {folder}")
+
+
+def _rank() -> int:
+    """Which of several processes this is; the first shows what the run does."""
+    return int(os.environ.get("RANK", "0"))

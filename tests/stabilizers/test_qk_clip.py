@@ -1,0 +1,273 @@
+"""QK-Clip: after a step, the same batch has no logit above tau, and heads below it are as they were."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from attention_calls import KINDS, calls_of, images, language_model, tokens, vit
+from gloo_processes import in_processes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from trimtab.errors import ConversionError, RecipeError
+from trimtab.reparam.heads import Projections, projections
+from trimtab.stabilizers import parse, stabilize_
+from trimtab.stabilizers.head_scaling import split_over_heads, wanted_shrinking
+
+
+def _max_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Of each head in the first attention that runs, recomputed; nothing is recorded, as there are no gradients."""
+    with torch.no_grad():
+        return calls_of(lambda: model(inputs))[0].max_logits
+
+
+def _step(model: nn.Module, *batches: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """A step that leaves the weights as they are: what changes after it is the clip's doing."""
+    for batch in batches:
+        model(batch)
+    (optimizer or torch.optim.SGD(model.parameters(), lr=0.0)).step()
+
+
+def _between(values: Tensor) -> float:
+    """A number that some of the values exceed and some do not."""
+    ordered = values.sort().values
+    return float(ordered[len(ordered) // 2 - 1 : len(ordered) // 2 + 1].mean())
+
+
+def _rows(attention: Projections) -> tuple[Tensor, Tensor]:
+    """Copies of the query and key weights of each head, (heads, head_dim, in)."""
+    found = []
+    for rows in (attention.query, attention.key):
+        weight = getattr(rows.layer, rows.weight_name).detach()
+        weight = weight.t() if type(rows.layer).__name__ == "Conv1D" else weight
+        found.append(rows.view(weight).flatten(0, 1).clone())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vit"])
+def test_every_head_has_at_most_tau_and_those_below_are_untouched(kind: str) -> None:
+    model = vit() if kind == "vit" else language_model(kind)
+    inputs = images() if kind == "vit" else tokens()
+    before = _max_logits(model, inputs)
+    tau = _between(before)
+    (attention,) = projections(model)
+    queries, keys = _rows(attention)
+    others = {name: p.detach().clone() for name, p in model.named_parameters()}
+    stabilize_(model, f"qk-clip:tau={tau!r}")
+    _step(model, inputs)
+    torch.testing.assert_close(_max_logits(model, inputs), before.clamp(max=tau))
+    new_queries, new_keys = _rows(attention)
+    below = before <= tau
+    assert 0 < int(below.sum()) < len(below)
+    assert torch.equal(new_queries[below], queries[below])
+    free = below.view(len(keys), -1).any(1)  # key heads of which some query head is below
+    assert torch.equal(new_keys[free], keys[free])
+    assert not torch.equal(new_queries, queries)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, others[name])}
+    assert all(any(part in name for part in ("attn", "attention")) for name in changed)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"kdim": 10, "vdim": 14}, {"add_bias_kv": True}], ids=["packed", "apart", "kv"]
+)
+def test_multihead_attention(options: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(24, 4, batch_first=True, **options).double()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    query = torch.randn(2, 5, 24).double()
+    key, value = (torch.randn(2, 5, options.get(name, 24)).double() for name in ("kdim", "vdim"))
+
+    def run() -> None:
+        attention(query, key, value, need_weights=False)
+
+    with torch.no_grad():
+        before = calls_of(run)[0].max_logits
+    stabilize_(attention, f"qk-clip:tau={_between(before)!r}")
+    run()
+    torch.optim.SGD(attention.parameters(), lr=0.0).step()
+    with torch.no_grad():
+        torch.testing.assert_close(calls_of(run)[0].max_logits, before.clamp(max=_between(before)))
+
+
+@pytest.mark.parametrize("sigma", ["sigma", "sigma:blocks=heads"])
+def test_under_sigma_reparam_gamma_is_scaled(sigma: str) -> None:
+    model = vit()
+    before = _max_logits(model, images())
+    tau = _between(before)
+    stabilize_(model, f"{sigma}+qk-clip:tau={tau!r}")
+    weight = model.blocks[0].attention.query.weight.detach().clone()
+    _step(model, images())
+    after = _max_logits(model, images())
+    if sigma == "sigma":  # one gamma for all heads: the worst decides
+        torch.testing.assert_close(after, before * tau / before.max())
+    else:
+        torch.testing.assert_close(after, before.clamp(max=tau))
+    assert torch.equal(model.blocks[0].attention.query.weight, weight)
+
+
+def test_one_sigma_for_queries_and_values_is_refused() -> None:
+    model = language_model("gpt2")
+    with pytest.raises(ConversionError, match="one sigma for queries or keys and other rows"):
+        stabilize_(model, "sigma:blocks=one+qk-clip")
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.lists(st.floats(1e-6, 1) | st.just(1.0), min_size=16, max_size=16))
+def test_split_over_shared_keys(key_heads: int, group: int, factors: list[float]) -> None:
+    g = torch.tensor(factors[: key_heads * group], dtype=torch.float64)
+    queries, keys = split_over_heads(g, key_heads)
+    torch.testing.assert_close(queries * keys.repeat_interleave(group), g)
+    assert bool((queries <= 1).all()) and bool((keys <= 1).all())
+    assert bool((queries[g == 1] == 1).all())
+    assert bool((keys[(g == 1).view(key_heads, group).any(1)] == 1).all())
+
+
+def test_maxima_that_are_no_reason_to_scale() -> None:
+    nothing = torch.tensor([-5.0, 0.0, 100.0, torch.nan, torch.inf, -torch.inf])
+    assert torch.equal(wanted_shrinking(nothing, 100.0), torch.ones(6))
+    assert torch.equal(wanted_shrinking(torch.tensor([400.0]), 100.0), torch.tensor([0.25]))
+
+
+def test_negative_logits_leave_the_weights_alone() -> None:
+    model = vit()
+    attention = model.blocks[0].attention
+    with torch.no_grad():
+        attention.query.bias.fill_(3.0)
+        attention.key.bias.fill_(-3.0)
+        attention.query.weight.mul_(0.01)
+        attention.key.weight.mul_(0.01)
+    assert float(_max_logits(model, images()).max()) < 0
+    before = copy.deepcopy(model.state_dict())
+    stabilize_(model, "qk-clip:tau=0.001")
+    _step(model, images())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_all_micro_batches_count_and_evaluation_does_not() -> None:
+    small, large = 0.1 * images(), 3 * images()
+    for batches in ((small, large), (large, small)):
+        model = vit()
+        tau = 0.9 * float(_max_logits(model, large).min())
+        stabilize_(model, f"qk-clip:tau={tau!r}")
+        model.eval()(large)
+        model.train()
+        _step(model, small)
+        assert torch.equal(model.blocks[0].attention.query.weight, vit().blocks[0].attention.query.weight)
+        _step(model, *batches)
+        torch.testing.assert_close(_max_logits(model, large), torch.full((4,), tau, dtype=torch.float64))
+
+
+def test_every() -> None:
+    model = vit()
+    stabilize_(model, "qk-clip:tau=0.01:every=3")
+    sizes = []
+    for _ in range(7):
+        _step(model, images())
+        sizes.append(float(_max_logits(model, images()).max()))
+        with torch.no_grad():
+            model.blocks[0].attention.query.weight.mul_(10)
+    clipped = [size == pytest.approx(0.01) for size in sizes]
+    assert clipped == [True, False, False, True, False, False, True]
+
+
+def test_another_models_optimizer_changes_nothing() -> None:
+    model, other = vit(), vit()
+    stabilize_(model, "qk-clip:tau=0.01")
+    before = copy.deepcopy(model.state_dict())
+    model(images())
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    torch.optim.SGD([model.head.weight], lr=0.0).step()  # nor one that holds other weights of its own
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_weights_in_two_optimizers() -> None:
+    model = vit(depth=2)
+    stabilize_(model, "qk-clip:tau=0.01:every=2")
+    optimizers = [torch.optim.SGD(block.parameters(), lr=0.0) for block in model.blocks]
+    for _ in range(3):
+        model(images())
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            first, second = (call.max_logits for call in calls_of(lambda: model(images())))
+    assert float(first.max()) == pytest.approx(0.01)
+    # its inputs have changed with the first block's attention, so not to the last digit
+    assert float(second.max()) == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_copy_clips_itself_from_its_first_step_and_the_original_not() -> None:
+    model = vit()
+    stabilize_(model, "qk-clip:tau=0.01")
+    before = copy.deepcopy(model.state_dict())
+    twin = copy.deepcopy(model)
+    _step(twin, images())
+    assert float(_max_logits(twin, images()).max()) == pytest.approx(0.01)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_nothing_holds_a_model_that_is_gone() -> None:
+    model = vit()
+    stabilize_(model, "qk-clip")
+    _step(model, images())
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    other = vit()
+    _step(other, images())  # and the hook has nothing to do
+
+
+def test_attention_that_never_shows_is_told() -> None:
+    model = _ByHand()
+    stabilize_(model, "qk-clip")
+    with pytest.warns(UserWarning, match="has not seen the attention of the model in 5 steps"):
+        for _ in range(6):
+            _step(model, torch.randn(2, 3, 8))
+
+
+class _ByHand(nn.Module):
+    num_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.query(x) @ self.key(x).mT).softmax(-1) @ x
+
+
+def test_compiled() -> None:
+    model = vit()
+    stabilize_(model, "qk-clip:tau=0.01")
+    torch._dynamo.reset()
+    program = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):  # that it is compiled shows after the first
+        program(images())
+        optimizer.step()
+    assert float(_max_logits(model, images()).max()) == pytest.approx(0.01)
+
+
+def _in_each_process(rank: int) -> list[float]:
+    model = vit()
+    stabilize_(model, "qk-clip:tau=0.01")
+    _step(model, images() * (rank + 1))
+    return model.blocks[0].attention.query.weight.detach().flatten().tolist()
+
+
+def test_the_largest_of_all_processes_counts() -> None:
+    weights = in_processes(_in_each_process, 2)
+    assert weights[0] == weights[1]
+    alone = vit()
+    stabilize_(alone, "qk-clip:tau=0.01")
+    _step(alone, images() * 2)
+    assert weights[0] == alone.blocks[0].attention.query.weight.flatten().tolist()
+
+
+@pytest.mark.parametrize("spec", ["qk-clip:tau=0", "qk-clip:every=0"])
+def test_options_out_of_range(spec: str) -> None:
+    with pytest.raises(RecipeError, match="qk-clip"):
+        parse(spec)

@@ -1,0 +1,84 @@
+"""Two processes train as one does: the same examples, the same evaluation, one log."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_recipes import lines
+from gloo_processes import in_processes
+from torch import nn
+
+from trimtab.models import ViTConfig
+from trimtab.stabilizers import stabilize_
+from trimtab.tasks.images import ImagesRecipe, vit_digits
+from trimtab.train import Hardware, read_result, train
+from trimtab.train.checkpoint import load_weights
+from trimtab.train.kept_checkpoints import best_checkpoint
+
+# Every part at once. SGD, since Adam turns a rounding error in a gradient near zero into a step of full length.
+RECIPE = replace(
+    vit_digits(),
+    model=ViTConfig(8, 4, 1, 10, dim=16, depth=2, num_heads=2, init="xavier"),
+    stabilizer="sigma",
+    optimizer="sgd",
+    lr=0.05,
+    schedule="cosine",
+    warmup_steps=2,
+    clip=1.0,
+    accumulate=2,
+    ema=0.8,
+    patience=3,
+    steps=9,
+    batch_size=32,
+    watch_every=3,
+    eval_every=3,
+)
+# float32 sums in another order, over nine steps
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def join(rank: int, count: int) -> None:
+    """Look like a process that torchrun started; the process group is there already."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "test"}
+
+
+def weights(recipe: ImagesRecipe, folder: Path) -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng():
+        model: nn.Module = stabilize_(recipe.task().model, recipe.stabilizer)
+    best = best_checkpoint(folder)
+    assert best is not None
+    load_weights(best, model)
+    return model.state_dict()
+
+
+def check(rank: int, strategy: str, folder: str) -> None:
+    join(rank, 2)
+    seen = []
+    result = train(RECIPE, folder, seen.append, hardware=Hardware(accelerator="cpu", strategy=strategy))
+    assert result == read_result(Path(folder))  # the same in both
+    assert len(seen) == (4 if rank == 0 else 0)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_are_as_one(strategy: str, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = train(RECIPE, tmp_path / "one", lambda _: None)
+    torch.set_num_threads(threads)
+    in_processes(2, check, strategy, str(tmp_path / "two"))
+    together = read_result(tmp_path / "two")
+    assert together is not None
+    assert (together.status, together.steps, together.best_step) == (alone.status, alone.steps, alone.best_step)
+    assert together.metrics == pytest.approx(alone.metrics, rel=1e-4)
+    expected = weights(RECIPE, tmp_path / "one")
+    for name, tensor in weights(RECIPE, tmp_path / "two").items():
+        torch.testing.assert_close(tensor, expected[name], **CLOSE)
+    first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["step"] for line in second] == [1, 3, 6, 9]
+    for mine, theirs in zip(second, first, strict=True):
+        assert ("accuracy" in mine) == ("accuracy" in theirs) == (mine["step"] > 1)
+        for name in {"loss", "entropy_min", "accuracy", "eval_loss"} & set(theirs):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
