@@ -5,7 +5,7 @@
 
 A small ViT on the digits with all that a step can depend on: dropout, noise in the data, sigma-Reparam, AdamW with a
 cosine schedule and warmup, clipping, accumulation, a moving average, Watch. In one process, in two (DDP) and in two
-that share the weights (FSDP2), started by torchrun and killed all at once. Twenty kills each: one inside the write of a
+that share the weights (FSDP2), all killed at once. Twenty kills each: one inside the write of a
 checkpoint, which is held there until the signal comes; the others at moments drawn from a seed, so much after so many
 logged steps, those before the first step included. Compared, byte by byte: weights, moving average, state of the
 optimiser, random number generators and what Watch remembers, from the last checkpoint; every line of the log without
@@ -18,7 +18,7 @@ import argparse
 import json
 import os
 import random
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,61 +105,82 @@ def child(folder: Path, strategy: Any, steps: int, hold: Path | None) -> None:
     train(recipe(steps), folder, say, hardware=Hardware(accelerator="cpu", strategy=strategy))
 
 
-def start(folder: Path, case: str, steps: int, hold: Path | None = None) -> subprocess.Popen[str]:
-    """The same command every time."""
-    processes, strategy = STRATEGIES[case]
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [__file__, "--child", str(folder), "--strategy", strategy, "--steps", str(steps)]
-    if hold is not None:
-        command += ["--hold", str(hold)]
-    log = folder.with_name(folder.name + ".log").open("a")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=environment
-    )
+class Started:
+    """The processes of one run, started by the same command every time; two as torchrun starts them."""
+
+    def __init__(self, folder: Path, case: str, steps: int, hold: Path | None = None) -> None:
+        count, strategy = STRATEGIES[case]
+        command = [sys.executable, __file__, "--child", str(folder), "--strategy", strategy, "--steps", str(steps)]
+        if hold is not None:
+            command += ["--hold", str(hold)]
+        self.log = folder.with_name(folder.name + ".log")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        if count > 1:
+            common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "kill"}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self.processes = []
+        with self.log.open("a") as log:
+            for rank in map(str, range(count)):
+                own = {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+                out = subprocess.PIPE if rank == "0" else subprocess.DEVNULL
+                environment = os.environ | common | own
+                self.processes.append(subprocess.Popen(command, stdout=out, stderr=log, text=True, env=environment))
+        self.said = self.processes[0].stdout
+
+    def ended(self) -> bool:
+        """Whether it has come to its end by itself.
+
+        Raises:
+            RuntimeError: by an error.
+        """
+        codes = [process.poll() for process in self.processes]
+        if any(codes):
+            self.kill()
+            raise RuntimeError(self.log.read_text())
+        return all(code == 0 for code in codes)
+
+    def kill(self) -> None:
+        """End all processes at once, as a machine that loses its power."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.communicate()
 
 
 def finish(folder: Path, case: str, steps: int) -> None:
-    process = start(folder, case, steps)
-    process.communicate()
-    if process.returncode != 0:
-        raise RuntimeError(folder.with_name(folder.name + ".log").read_text())
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """All processes of the run at once, as a machine that loses its power."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    """Let a run come to its end."""
+    run = Started(folder, case, steps)
+    for process in run.processes:
+        process.communicate()
+    run.ended()
 
 
 def kill_once(folder: Path, case: str, steps: int, draw: random.Random, inside: bool) -> str | None:
     """Start the run and kill it; returns at which moment, None if it had ended before."""
     hold = folder.with_name(folder.name + ".hold") if inside else None
-    process = start(folder, case, steps, hold)
+    run = Started(folder, case, steps, hold)
     if hold is not None:
         while not hold.exists():
-            if process.poll() is not None:
-                raise RuntimeError(folder.with_name(folder.name + ".log").read_text())
+            if run.ended():
+                raise RuntimeError("the run ended without a second checkpoint")
             time.sleep(0.01)
-        kill(process)
+        run.kill()
         return f"inside the write of {hold.read_text().removesuffix('.part')}"
-    assert process.stdout is not None
     lines, wait = draw.randrange(5), draw.uniform(0, 0.3)
     last = "before the first logged step"
     if lines == 0:
         wait *= 20  # the start takes longer than a step
     for _ in range(lines):
-        line = process.stdout.readline()
+        line = run.said.readline()
         if not line:
             break
         last = f"after {line.strip()}"
     time.sleep(wait)
-    ended = process.poll() is not None
-    kill(process) if not ended else process.communicate()
-    if ended and process.returncode != 0:
-        raise RuntimeError(folder.with_name(folder.name + ".log").read_text())
+    ended = run.ended()
+    run.kill()
     return None if ended else last
 
 
@@ -181,7 +202,8 @@ def differences(folder: Path, reference: Path) -> list[str]:
     if len(_lines(folder)) != len(_lines(reference)):
         found.append("number of lines of steps.jsonl")
     results = [json.loads((each / "result.json").read_text()) for each in (folder, reference)]
-    found += [f"result.json: {name}" for name in results[0] if name not in TIMES and results[0][name] != results[1][name]]
+    told = [name for name in results[1] if name not in TIMES]
+    found += [f"result.json: {name}" for name in told if results[0].get(name) != results[1][name]]
     assert len(files) >= 9, files
     return found
 
@@ -210,7 +232,7 @@ def kills(place: Path, case: str, count: int, steps: int, seed: int) -> list[dic
                 print(f"{case:20} run {run}: killed {moment}, goes on from step {newest(folder)}", flush=True)
         finish(folder, case, steps)
         found = differences(folder, reference)
-        print(f"{case:20} run {run}: {'the same to the last bit' if not found else found}", flush=True)
+        print(f"{case:20} run {run}: {found or 'the same to the last bit'}", flush=True)
         for row in rows[first:]:
             row["differs"] = found
     return rows
@@ -240,7 +262,7 @@ def main() -> None:
         differing = {row["run"] for row in own if row["differs"]}
         print(f"{case:20} {len(own):6} {own[-1]['run']:5} {len(differing):10}")
     if not arguments.quick:
-        measure.write("kill_resume", rows, seed=arguments.seed)
+        measure.write("kill_resume", {"seed": arguments.seed, "steps": steps, "rows": rows})
 
 
 if __name__ == "__main__":

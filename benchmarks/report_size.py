@@ -71,7 +71,7 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "report_size.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if size > 20e6 or (last and median(last) > 3):
+    if size > 20e6 or (first and median(first) > 3):
         sys.exit("the page is larger than 20 MB or takes more than 3 s to open")
 
 
@@ -111,7 +111,7 @@ def write(path: Path, value: object) -> None:
 
 
 def seconds_to_open(page: Path, place: Path) -> tuple[float, float] | None:
-    """From the start of the load to the first chart, and to the last one, by the page's clock; None without Chromium."""
+    """From the start of the load to the first chart and to the last, by the page's clock; None without Chromium."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         return None

@@ -56,7 +56,7 @@ def test_an_example_runs_and_learns(
 
 
 def test_our_part_is_about_ten_lines() -> None:
-    examples = sorted(EXAMPLES.glob("*.py"))
+    examples = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "own_recipe.py")  # no loop of its own
     assert len(examples) == 4
     for example in examples:
         lines = example.read_text(encoding="utf-8").splitlines()

@@ -1,3 +1,4 @@
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,6 +46,12 @@ class Words:
     watch: bool = True
     name: str = "x"
     model: Inner = field(default_factory=Inner)
+
+
+@dataclass(frozen=True)
+class Positional:
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """The file."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,9 @@ def test_a_required_field_is_named() -> None:
     with pytest.raises(WordsError) as raised:
         parse_words(Required, ["--seeds", "2"], prog="trimtab try")
     assert str(raised.value) == "trimtab try needs --lrs; see trimtab try --help"
+    with pytest.raises(WordsError) as raised:
+        parse_words(Positional, [], prog="trimtab try")
+    assert str(raised.value) == "trimtab try needs FILE; see trimtab try --help"
 
 
 def test_a_narrow_terminal_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +146,15 @@ def test_help_shows_every_field_with_its_default(capsys: pytest.CaptureFixture[s
 )
 def test_the_nearest_name(word: str, hint: str) -> None:
     assert nearest(word, ["train", "compare", "model.dim"]) == hint
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_whatever_the_terminal_can_draw(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The help library draws its boxes with other signs where there is no Unicode."""
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(WordsError) as raised:
+        parse("--model.kind", "none")
+    assert str(raised.value) == "--model.kind must be one of pre, post; got 'none'"
+    with pytest.raises(WordsError) as raised:
+        parse_words(Required, [], prog="trimtab try")
+    assert str(raised.value) == "trimtab try needs --lrs; see trimtab try --help"

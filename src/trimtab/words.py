@@ -75,11 +75,11 @@ def _strange(word: str, known: Iterable[str], prog: str) -> str:
 def _one_line(box: str, known: dict[str, Any], words: Sequence[str], prog: str) -> str:
     """The heart of tyro's message: which field, what it takes and what came."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    parts = re.split(r"^╭.*$|^[\s│]*[─-]{3,}.*$", plain, flags=re.MULTILINE)  # the rules; without Unicode they are dashes
+    parts = re.split(r"^╭.*$|^[\s│]*[─-]{3,}.*$", plain, flags=re.MULTILINE)  # without Unicode, rules are dashes
     text = " ".join(line.strip("│ ") for line in parts[min(1, len(parts) - 1)].splitlines()).strip()
     if text.startswith("Missing from"):  # what is required is told there with its help
-        missing = " and ".join(re.findall(r"--[\w.-]+(?= [A-Z{])", text))
-        return f"{prog} needs {missing or text}; see {prog} --help"
+        missing = re.findall(r"--[\w.-]+(?= [A-Z{])", text) or text.partition(f"{prog}: ")[2].split()[:1]
+        return f"{prog} needs {' and '.join(missing)}; see {prog} --help"
     for flag in re.findall(r"--[\w.-]*\w", text):
         if flag in known:
             return f"{flag} must be {_expected(known[flag])}; got {_given(flag, words) or 'nothing'}"

@@ -120,7 +120,8 @@ def test_split_over_shared_keys(key_heads: int, group: int, factors: list[float]
     g = torch.tensor(factors[: key_heads * group], dtype=torch.float64)
     queries, keys = split_over_heads(g, key_heads)
     torch.testing.assert_close(queries * keys.repeat_interleave(group), g)
-    assert bool((queries <= 1).all()) and bool((keys <= 1).all())
+    assert bool((queries <= 1).all())
+    assert bool((keys <= 1).all())
     assert bool((queries[g == 1] == 1).all())
     assert bool((keys[(g == 1).view(key_heads, group).any(1)] == 1).all())
 
@@ -149,13 +150,14 @@ def test_negative_logits_leave_the_weights_alone() -> None:
 def test_all_micro_batches_count_and_evaluation_does_not() -> None:
     small, large = 0.1 * images(), 3 * images()
     for batches in ((small, large), (large, small)):
-        model = vit()
+        model = vit(norm="none")
         tau = 0.9 * float(_max_logits(model, large).min())
+        weight = model.blocks[0].attention.query.weight.detach().clone()
         stabilize_(model, f"qk-clip:tau={tau!r}")
         model.eval()(large)
         model.train()
         _step(model, small)
-        assert torch.equal(model.blocks[0].attention.query.weight, vit().blocks[0].attention.query.weight)
+        assert torch.equal(model.blocks[0].attention.query.weight, weight)
         _step(model, *batches)
         torch.testing.assert_close(_max_logits(model, large), torch.full((4,), tau, dtype=torch.float64))
 
@@ -223,9 +225,11 @@ def test_nothing_holds_a_model_that_is_gone() -> None:
 def test_attention_that_never_shows_is_told() -> None:
     model = _ByHand()
     stabilize_(model, "qk-clip")
+    for _ in range(4):
+        _step(model, torch.randn(2, 3, 8))
     with pytest.warns(UserWarning, match="has not seen the attention of the model in 5 steps"):
-        for _ in range(6):
-            _step(model, torch.randn(2, 3, 8))
+        _step(model, torch.randn(2, 3, 8))
+    _step(model, torch.randn(2, 3, 8))  # told once
 
 
 class _ByHand(nn.Module):
@@ -251,20 +255,43 @@ def test_compiled() -> None:
     assert float(_max_logits(model, images()).max()) == pytest.approx(0.01)
 
 
-def _in_each_process(rank: int) -> list[float]:
-    model = vit()
-    stabilize_(model, "qk-clip:tau=0.01")
-    _step(model, images() * (rank + 1))
-    return model.blocks[0].attention.query.weight.detach().flatten().tolist()
+def _clips_in_each_process(rank: int) -> None:
+    model, alone = vit(norm="none"), vit(norm="none")
+    largest = 2 * images()
+    for each in (model, alone):
+        stabilize_(each, "qk-clip:tau=0.01")
+    batches = [largest, 0.1 * images()]
+    _step(model, batches[rank])
+    _step(alone, *batches)
+    assert torch.equal(model.blocks[0].attention.query.weight, alone.blocks[0].attention.query.weight)
+    assert float(_max_logits(model, largest).max()) == pytest.approx(0.01)
+
+    _clips_shards()
 
 
-def test_the_largest_of_all_processes_counts() -> None:
-    weights = in_processes(_in_each_process, 2)
-    assert weights[0] == weights[1]
-    alone = vit()
-    stabilize_(alone, "qk-clip:tau=0.01")
-    _step(alone, images() * 2)
-    assert weights[0] == alone.blocks[0].attention.query.weight.flatten().tolist()
+def _clips_shards() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    plain, sharded = vit(), vit()
+    mesh = init_device_mesh("cpu", (2,))
+    for model in (plain, sharded):
+        stabilize_(model, f"qk-clip:tau={_between(_max_logits(plain, images()))!r}")
+    fully_shard(sharded.blocks[0], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for model in (plain, sharded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        model(images()).sum().backward()
+        optimizer.step()
+    assert not torch.equal(plain.blocks[0].attention.query.weight, vit().blocks[0].attention.query.weight)
+    for name, parameter in sharded.named_parameters():
+        assert isinstance(parameter, DTensor)
+        torch.testing.assert_close(parameter.full_tensor(), plain.get_parameter(name), rtol=1e-12, atol=0)
+
+
+def test_the_largest_of_two_processes_counts_and_shards_are_scaled() -> None:
+    in_processes(2, _clips_in_each_process)
 
 
 @pytest.mark.parametrize("spec", ["qk-clip:tau=0", "qk-clip:every=0"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from stabilizer_case import small
+from stabilizer_case import small, step_
 from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
@@ -249,3 +249,24 @@ def test_a_scale_of_a_half_precision_model_under_autocast() -> None:
     stabilize_(model, "layer-scale")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.get_submodule("blocks.0.mlp")(torch.randn(2, 4, 24)).dtype == torch.bfloat16
+
+
+def test_a_fold_that_fails_halfway_is_undone() -> None:
+    example = small("vit")
+    stabilize_(example.model, "sigma+layer-scale")
+    with torch.no_grad():
+        example.model.get_submodule("blocks.0.mlp").down.residual_scale[0] = math.inf
+    before = {name: tensor.clone() for name, tensor in example.model.state_dict().items()}
+    classes = [type(module) for module in example.model.modules()]
+    with pytest.raises(ConversionError, match="not finite"):
+        fold_(example.model)
+    torch.testing.assert_close(example.model.state_dict(), before, rtol=0, atol=0)
+    assert [type(module) for module in example.model.modules()] == classes
+    with torch.no_grad():
+        example.model.get_submodule("blocks.0.mlp").down.residual_scale[0] = 1
+    step_(example)
+    vectors = [name for name in before if name.endswith("sigma_u")]
+    assert not any(torch.equal(example.model.state_dict()[name], before[name]) for name in vectors)  # followed again
+    expected = example.logits(example.model)
+    fold_(example.model)
+    torch.testing.assert_close(example.logits(example.model), expected, **EXACT)

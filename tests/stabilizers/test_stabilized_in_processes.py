@@ -66,8 +66,6 @@ def trains_like_one_process(rank: int, specs: list[str]) -> None:
         assert dist.get_world_size() == 2
 
 
-@pytest.mark.parametrize(
-    "specs", [["layer-scale:init=0.5", "rezero", "deepnorm+sigma:gamma_init=one", "weight-norm"]]
-)
+@pytest.mark.parametrize("specs", [["layer-scale:init=0.5", "deepnorm+sigma:gamma_init=one", "weight-norm"]])
 def test_two_processes(specs: list[str]) -> None:
     in_processes(2, trains_like_one_process, specs)

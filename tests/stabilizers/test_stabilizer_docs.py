@@ -11,7 +11,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "stabilizers.md").read_text(encodin
 
 def option_rows() -> list[str]:
     """What the page's table of options has to say, in the order of its first table."""
-    names = [name for name in re.findall(r"^\| `([a-z-]+)` \|", PAGE.split("## Options")[0], re.MULTILINE)]
+    names = re.findall(r"^\| `([a-z-]+)` \|", PAGE.split("## Options")[0], re.MULTILINE)
     options = [(name, *pair) for name in names for pair in described(STABILIZERS[name]).items()]
     return [f"| `{name}` | `{option}` | {values} |" for name, option, values in options]
 

@@ -5,6 +5,7 @@ from stabilizer_case import StabilizerCase
 
 class TestSigma(StabilizerCase):
     spec = "sigma"
+    test_compiled_equals_eager = None  # tests/reparam/test_compile.py
     keeps_function = True
     folds = True
     takes_plain = True
@@ -15,7 +16,7 @@ class TestSigma(StabilizerCase):
 class TestSigmaOne(StabilizerCase):
     spec = "sigma:gamma_init=one:layers=blocks:init_std=0.3"
     models = ("vit", "gpt2")
-    test_compiled_equals_eager = None  # as that of sigma
+    test_compiled_equals_eager = None  # tests/reparam/test_compile.py
     folds = True
     takes_plain = True
     partner = "layer-scale"
@@ -30,7 +31,7 @@ class TestInitScale(StabilizerCase):
 
 class TestSpectralNorm(StabilizerCase):
     spec = "spectral-norm"
-    test_compiled_equals_eager = None  # as that of sigma
+    test_compiled_equals_eager = None  # tests/reparam/test_compile.py
     folds = True
     takes_plain = True
     partner = "layer-scale"

@@ -1,6 +1,8 @@
 """Two processes train as one does: the same examples, the same evaluation, one log."""
 
+import itertools
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from engine_recipes import lines
 from gloo_processes import in_processes
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trimtab.models import ViTConfig
 from trimtab.stabilizers import stabilize_
@@ -54,31 +57,43 @@ def weights(recipe: ImagesRecipe, folder: Path) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def check(rank: int, strategy: str, folder: str) -> None:
+def check(rank: int, folder: str) -> None:
     join(rank, 2)
     seen = []
-    result = train(RECIPE, folder, seen.append, hardware=Hardware(accelerator="cpu", strategy=strategy))
-    assert result == read_result(Path(folder))  # the same in both
+    hardware = Hardware(accelerator="cpu", strategy="ddp")
+    result = train(RECIPE, f"{folder}/ddp", seen.append, hardware=hardware)
+    assert result == read_result(Path(folder, "ddp"))  # the same in both
     assert len(seen) == (4 if rank == 0 else 0)
 
+    hardware = Hardware(accelerator="cpu", strategy="fsdp")
+    steps = itertools.count(1)
+    terminate = register_optimizer_step_post_hook(
+        lambda *_: os.kill(os.getpid(), signal.SIGTERM) if rank == 1 and next(steps) == 4 else None
+    )
+    result = train(RECIPE, f"{folder}/fsdp", hardware=hardware)
+    assert (result.status, result.steps) == ("interrupted", 6)  # both stop at the next logged step
+    terminate.remove()
+    result = train(RECIPE, f"{folder}/fsdp", hardware=hardware)
+    assert result == read_result(Path(folder, "fsdp"))
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_are_as_one(strategy: str, tmp_path: Path) -> None:
+
+def test_two_processes_are_as_one(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = train(RECIPE, tmp_path / "one", lambda _: None)
     torch.set_num_threads(threads)
-    in_processes(2, check, strategy, str(tmp_path / "two"))
-    together = read_result(tmp_path / "two")
-    assert together is not None
-    assert (together.status, together.steps, together.best_step) == (alone.status, alone.steps, alone.best_step)
-    assert together.metrics == pytest.approx(alone.metrics, rel=1e-4)
-    expected = weights(RECIPE, tmp_path / "one")
-    for name, tensor in weights(RECIPE, tmp_path / "two").items():
-        torch.testing.assert_close(tensor, expected[name], **CLOSE)
-    first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
-    assert [line["step"] for line in second] == [1, 3, 6, 9]
-    for mine, theirs in zip(second, first, strict=True):
-        assert ("accuracy" in mine) == ("accuracy" in theirs) == (mine["step"] > 1)
-        for name in {"loss", "entropy_min", "accuracy", "eval_loss"} & set(theirs):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    in_processes(2, check, str(tmp_path))
+    expected, first = weights(RECIPE, tmp_path / "one"), lines(tmp_path / "one")
+    for strategy in ("ddp", "fsdp"):
+        together = read_result(tmp_path / strategy)
+        assert together is not None
+        assert (together.status, together.steps, together.best_step) == (alone.status, alone.steps, alone.best_step)
+        assert together.metrics == pytest.approx(alone.metrics, rel=1e-4)
+        for name, tensor in weights(RECIPE, tmp_path / strategy).items():
+            torch.testing.assert_close(tensor, expected[name], **CLOSE)
+        second = lines(tmp_path / strategy)
+        assert [line["step"] for line in second] == [1, 3, 6, 9]
+        for mine, theirs in zip(second, first, strict=True):
+            assert ("accuracy" in mine) == ("accuracy" in theirs) == (mine["step"] > 1)
+            for name in {"loss", "entropy_min", "accuracy", "eval_loss"} & set(theirs):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (strategy, name)

@@ -146,9 +146,7 @@ def test_the_outside_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_run_that_diverges_is_a_result_and_saves_nothing_more(tmp_path: Path) -> None:
     # the first step makes the weights so large that the second loss is not finite
-    recipe = replace(
-        TINY, optimizer="sgd", lr=1e30, steps=50, watch_every=5, eval_every=10, checkpoint_every=1, keep=9
-    )
+    recipe = replace(TINY, optimizer="sgd", lr=1e30, steps=50, watch_every=5, eval_every=10, checkpoint_every=1, keep=9)
     result = train(recipe, tmp_path)
     assert (result.status, result.steps) == ("diverged", 5)  # the first logged step after it
     assert not math.isfinite(result.loss)

@@ -129,7 +129,7 @@ def test_a_recipe_of_ones_own(engine: Engine, tmp_path: Path, capsys: pytest.Cap
 def test_help_tells_every_field_and_its_default(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "vit-digits", "--help"]) == 0
     shown = capsys.readouterr().out
-    for part in ("--lr FLOAT", "0.001", "--stabilizer", "--model.depth INT", "--folder", "runs/vit-digits"):
+    for part in ("--lr FLOAT", "0.001", "--stabilizer", "--model.depth INT", "--folder", "runs/NAME", "A small ViT"):
         assert part in shown, part
     assert "--recipe" not in shown
     assert "--options" not in shown
@@ -297,3 +297,26 @@ def test_what_the_engine_refuses_is_told(
     monkeypatch.chdir(tmp_path)
     assert main(["train", "vit-digits"]) == 2
     assert capsys.readouterr() == ("", "error: x holds another run: lr is 0.01 there and 0.001 here\n")
+
+
+def test_a_real_run_its_repetition_and_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "--steps 4 --watch-every 2 --eval-every 2 --model.dim 16 --model.depth 1 --stabilizer sigma"
+    assert main(["train", "vit-digits", *words.split()]) == 0
+    first = capsys.readouterr().out
+    assert first.splitlines()[-5].startswith("finished after 4 of 4 steps")
+    assert main(["train", "vit-digits", *words.split()]) == 0
+    assert capsys.readouterr().out.startswith("runs/vit-digits holds this run, at its end")
+    assert main(["train", "--from", "runs/vit-digits"]) == 0
+    logs = [
+        [json.loads(line) for line in (tmp_path / "runs" / name / "steps.jsonl").read_text().splitlines()]
+        for name in ("vit-digits", "vit-digits-again")
+    ]
+    for line in (*logs[0], *logs[1]):
+        del line["time"]
+    assert logs[0] == logs[1]
+    capsys.readouterr()
+    assert main(["train", "vit-digits", *words.split(), "--lr", "0.5"]) == 2
+    assert "lr" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from trimtab.reparam.blocks import (
     parts_of,
     rows_and_columns,
 )
+from trimtab.reparam.classes import mixin_of, plain_class_of
 
 # Head by head, but neither (query, key, value) of each head nor (queries of a group, key, value).
 _UNKNOWN_ORDER = {"CodeGenAttention", "MiniMaxLightningAttention", "EsmFoldSelfAttention"}
@@ -46,6 +47,12 @@ class HeadRows(NamedTuple):
     start: int = 0
     groups: int = 1
     bias_offset: int = 0
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored (in, out), as Hugging Face's Conv1D does."""
+        mixin = mixin_of(plain_class_of(self.layer))
+        return mixin is not None and mixin.transposed
 
     @property
     def stop(self) -> int:

@@ -1,7 +1,8 @@
 """Find the runs under some paths, read what is readable, and list the rest with the reason."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def collect(paths: Sequence[str | Path]) -> Collection:
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 unreadable.append(Unreadable(folder, f"it is not a run as Trimtab writes it ({error})"))
     arms = dict.fromkeys(str(arm) for compare in compares.values() for arm in compare.get("arms", {}))
-    return Collection(tuple(_told_apart(runs)), tuple(unreadable), tuple(arms))
+    return Collection(tuple(_told_apart(_grouped(runs, compares))), tuple(unreadable), tuple(arms))
 
 
 def nothing_readable(collection: Collection) -> str:
@@ -136,14 +137,27 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
+def _grouped(runs: Sequence[RunSummary], compares: Mapping[Path, object]) -> list[RunSummary]:
+    """Give every run its group; the runs of one compare, which someone chose to compare, have that of most of them."""
+    keys = [_comparable(run) for run in runs]
+    places = [
+        next((str(at) for at in compares if run.folder.absolute().is_relative_to(at / "runs")), "") for run in runs
+    ]
+    counted = {place: Counter(key for key, at in zip(keys, places, strict=True) if at == place) for place in {*places}}
+    return [
+        replace(run, group=counted[place].most_common(1)[0][0] if place else key)
+        for run, key, place in zip(runs, keys, places, strict=True)
+    ]
+
+
 def _told_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
     """Give arms of one name but different recipes names of their own: "none [optimizer=sgd]"."""
     recipes: dict[tuple[object, ...], dict[str, dict[str, str]]] = {}
     for run in runs:
-        recipes.setdefault((run.arm, comparable_key(run)), {})[_rest_key(run)] = _rest(run)
+        recipes.setdefault((run.arm, run.group), {})[_rest_key(run)] = _rest(run)
     renamed = []
     for run in runs:
-        variants = list(recipes[run.arm, comparable_key(run)].values())
+        variants = list(recipes[run.arm, run.group].values())
         names = dict.fromkeys(name for variant in variants for name in variant)
         differing = [name for name in names if len({variant.get(name) for variant in variants}) > 1]
         mine = _rest(run)
@@ -165,7 +179,7 @@ def _rest_key(run: RunSummary) -> str:
     return str(sorted(_rest(run).items()))
 
 
-def comparable_key(run: RunSummary) -> tuple[tuple[str, str], ...]:
+def _comparable(run: RunSummary) -> tuple[tuple[str, str], ...]:
     """What two runs must have in common to be compared: task, data, budget and the sizes of the model."""
     recipe = flat(run.recipe)
     key = {"task": str(run.info.get("task", ""))}

@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from trimtab.report.collect import Collection, comparable_key
+from trimtab.report.collect import Collection
 from trimtab.report.runlog import Floats
 from trimtab.report.summary import RunSummary
 
@@ -88,7 +88,7 @@ def comparisons(collection: Collection) -> list[Comparison]:
     """Group the runs into those that can be compared, the largest group first."""
     groups: dict[tuple[tuple[str, str], ...], list[RunSummary]] = {}
     for run in collection.runs:
-        groups.setdefault(comparable_key(run), []).append(run)
+        groups.setdefault(run.group, []).append(run)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     return [_comparison(runs, collection.arms, dict(key)) for key, runs in ordered]
 

@@ -54,6 +54,7 @@ class RunSummary:
         peak_memory: bytes.
         curves: steps and values by name, decimated so that spikes survive.
         notes: what was wrong with the folder and did no harm.
+        group: what a run must have in common with others to be compared, name to value; see `collect`.
     """
 
     folder: Path
@@ -80,6 +81,7 @@ class RunSummary:
     peak_memory: float
     curves: dict[str, Curve]
     notes: tuple[str, ...] = ()
+    group: tuple[tuple[str, str], ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -209,10 +211,9 @@ def _lines(text: bytes) -> list[dict[str, Any]]:
 
 def _column(lines: Sequence[Mapping[str, Any]], name: str) -> Floats:
     values = [line.get(name) for line in lines]
-    try:
+    if not any(isinstance(value, list) for value in values):
         return np.array(values, dtype=np.float64)  # None becomes NaN, "inf" what it says
-    except (ValueError, TypeError):
-        return np.array([number(value) for value in values])
+    return np.array([number(value) for value in values])
 
 
 def _is_number(name: str, value: Any) -> bool:

@@ -1,17 +1,15 @@
 """`stabilize_`, and what stabilizers change in a recipe."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from trimtab.errors import ConversionError, RecipeError
 from trimtab.stabilizers.options import nearest
 from trimtab.stabilizers.registry import Spec, parse, spec_of
 from trimtab.stabilizers.stabilizer import Stabilizer
+from trimtab.stabilizers.undo import undone_on_error
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 RecipeT = TypeVar("RecipeT")
@@ -54,7 +52,7 @@ def stabilize_(model: ModelT, spec: Spec, *, changes_made: bool = False) -> Mode
                 f'stabilizer="{spec_of((each,))}", or do the same in your own loop'
             )
     changing = [each for each in stabilizers if changes_models(each)]
-    with _undone_on_error(model, values=len(changing) > 1):
+    with undone_on_error(model, values=len(changing) > 1):
         for each in changing:
             each.apply_(model)
     if changing:
@@ -111,34 +109,3 @@ def _replaced(config: Any, path: list[str], value: Any, what: str) -> Any:
     if len(path) > 1:
         value = _replaced(getattr(config, path[0]), path[1:], value, what)
     return dataclasses.replace(config, **{path[0]: value})
-
-
-@contextmanager
-def _undone_on_error(model: nn.Module, values: bool) -> Iterator[None]:
-    """Give every module back its class, parameters, children and hooks if an error comes.
-
-    Args:
-        model: the model.
-        values: whether the values of parameters and buffers are kept, too, which takes their memory a second time.
-            One stabilizer checks before it writes; a second may object only after the first has written.
-    """
-    modules = list(model.modules())
-    kept = [(module, type(module), _copied(module.__dict__)) for module in modules]
-    tensors = [*model.parameters(), *model.buffers()] if values else []
-    copies = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes in kept:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        with torch.no_grad():
-            for tensor, copy in zip(tensors, copies, strict=True):
-                tensor.copy_(copy)
-        raise
-
-
-def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Copy a module's attributes, and the dicts among them (parameters, buffers, children, hooks), not their values."""
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in attributes.items()}

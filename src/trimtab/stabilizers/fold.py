@@ -9,6 +9,7 @@ from trimtab.stabilizers.apply import applied, forget_applied_
 from trimtab.stabilizers.options import has_defaults
 from trimtab.stabilizers.registry import STABILIZERS
 from trimtab.stabilizers.stabilizer import Stabilizer
+from trimtab.stabilizers.undo import undone_on_error
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -37,8 +38,9 @@ def fold_(model: ModelT) -> ModelT:
     others = [cls() for name, cls in STABILIZERS.items() if has_defaults(cls) and name not in {k.name for k in known}]
     folding = sorted((each for each in (*known, *others) if _folds(each)), key=lambda each: each.order)
     before = _structure(model)
-    for each in folding:
-        each.fold_(model)
+    with undone_on_error(model, values=sum(_folds(each) for each in known) > 1):
+        for each in folding:
+            each.fold_(model)
     if _structure(model) == before and not any(each in known for each in folding):
         kept = ", ".join(each.name for each in known)
         raise ConversionError(

@@ -75,7 +75,7 @@ def _scale_(rows: HeadRows, factors: Tensor) -> None:
     else:
         every = factors.new_ones(total)
         rows.view(every).copy_(factors.view(rows.groups, -1, 1))
-        _multiply_(weight, every.unsqueeze(1 if weight.shape[0] == total else 0))
+        _multiply_(weight, every.unsqueeze(0 if rows.transposed else 1))
     if bias is not None:
         every = factors.new_ones(bias.shape)
         rows.view(every[rows.bias_offset : rows.bias_offset + total]).copy_(factors.view(rows.groups, -1, 1))

@@ -13,8 +13,8 @@ class Muon(Stabilizer):
     """Muon: hidden matrices take orthogonalised momentum steps, all else AdamW's.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; at scale Liu et al., "Muon is
-    Scalable for LLM Training", arXiv 2502.16982. It changes the recipe's ``optimizer`` and no model; the learning rate
-    means the same as with AdamW as far as the recipe's optimiser matches the size of the updates.
+    Scalable for LLM Training", arXiv 2502.16982. It changes the recipe's ``optimizer`` and no model. The engine
+    gives Muon's updates the size of AdamW's, so that the learning rate means the same.
 
     When not to use it: alone against exploding attention logits, which it makes more likely (Kimi K2, arXiv
     2507.20534, adds QK-Clip for that: "muon+qk-clip"); or for convolutions and embeddings, which it is not made for.

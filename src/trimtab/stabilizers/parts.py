@@ -32,34 +32,19 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
         if not _makes_queries(module):
             continue
         around = name
-        while around and "attention" in type(modules[_parent(around)]).__name__.lower():
-            holder = modules[_parent(around)]
-            if _is_layer_around(holder):
-                break
-            around = _parent(around)
+        for holder in _upwards(name)[1:]:
+            if "attention" not in type(modules[holder]).__name__.lower() or _has_norm(modules[holder]):
+                break  # a whole layer, with its norm, may also be called so
+            around = holder
         found[around] = modules[around]
     return found
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the Transformer blocks by name: the entries of lists, or torch's layers, that hold attention."""
+    """Return the Transformer blocks by name: torch's layers, or the entries of lists that hold attention and an MLP."""
     modules = dict(model.named_modules())
-    found: dict[str, nn.Module] = {}
-    for name in attentions(model):
-        around, best = name, name
-        while True:
-            if isinstance(modules[around], nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-                best = around
-                break
-            if around and _is_entry(modules, around) and around != name and _has_mlp(modules[around], name, around):
-                best = around
-                break
-            if not around:
-                break
-            around = _parent(around)
-        if best != name:
-            found[best] = modules[best]
-    return found
+    around = (next((up for up in _upwards(name) if _is_block(modules, up, name)), None) for name in attentions(model))
+    return {name: modules[name] for name in around if name is not None}
 
 
 def layers_filter(model: nn.Module, layers: Layers) -> FilterFn | None:
@@ -110,22 +95,24 @@ def _makes_queries(module: nn.Module) -> bool:
     )
 
 
-def _is_layer_around(holder: nn.Module) -> bool:
-    """Say whether a module is a whole layer, with its norm, though its class name speaks of attention (T5's)."""
-    return any(is_norm(child) for child in holder._modules.values() if child is not None)
+def _has_norm(module: nn.Module) -> bool:
+    return any(child is not None and is_norm(child) for child in module._modules.values())
 
 
-def _is_entry(modules: dict[str, nn.Module], name: str) -> bool:
-    return isinstance(modules[_parent(name)], nn.ModuleList | nn.Sequential | nn.ModuleDict)
+def _is_block(modules: dict[str, nn.Module], name: str, attention: str) -> bool:
+    """Say whether a module around an attention is a Transformer block."""
+    block = modules[name]
+    if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return True
+    if not name or not isinstance(modules[_parent(name)], nn.ModuleList | nn.Sequential | nn.ModuleDict):
+        return False
+    inside = attention[len(name) :].lstrip(".")  # T5's blocks are lists, too, whose entries hold one thing each
+    return any(is_projection(each) and not is_within(own, (inside,)) for own, each in block.named_modules())
 
 
-def _has_mlp(block: nn.Module, attention: str, name: str) -> bool:
-    """Say whether a list's entry has linear layers beside the attention in it: T5's layers are lists themselves."""
-    inside = attention[len(name) :].lstrip(".")
-    return any(
-        is_projection(module) and not is_within(own, (inside,)) and not isinstance(block, nn.ModuleList)
-        for own, module in block.named_modules()
-    )
+def _upwards(name: str) -> list[str]:
+    """Return a dotted name, that of its parent, and so on up to that of the root, ""."""
+    return [name, *_upwards(_parent(name))] if name else [""]
 
 
 def _parent(name: str) -> str:

@@ -56,7 +56,7 @@ def check_own_forward(attention: nn.MultiheadAttention, name: str) -> None:
         )
 
 
-def own_forward_(attention: nn.MultiheadAttention) -> None:
+def own_forward_(attention: nn.Module) -> None:
     """Give an nn.MultiheadAttention the forward of our own, which knows norms of heads and soft caps."""
     if not isinstance(attention, MultiheadAttention):
         carry_(attention, {}, SigmaReparam())

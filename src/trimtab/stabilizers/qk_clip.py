@@ -187,11 +187,12 @@ def _of_all_processes(attentions: list[Projections], largest: list[Tensor | None
 
     Every process asks after every step, for the same attentions.
     """
-    device = _weights(attentions[0])[0].device
+    weight = _weights(attentions[0])[0]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     parts = [
-        torch.full((each.query.heads,), -torch.inf, device=device)
+        torch.full((each.query.heads,), -torch.inf, dtype=dtype, device=weight.device)
         if seen is None
-        else seen.to(device, torch.float32).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        else seen.to(weight.device, dtype).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         for each, seen in zip(attentions, largest, strict=True)
     ]
     together = torch.cat(parts)

@@ -77,7 +77,7 @@ class SoftCap(Stabilizer):
         for attention in found:
             if isinstance(attention.holder, nn.MultiheadAttention):
                 own_forward_(attention.holder)
-                attention.holder.softcap = self.attention
+                attention.holder.__dict__["softcap"] = self.attention
             else:
                 attention.holder.__dict__["attention_softcap"] = self.attention
                 attention.holder.__class__ = _capped_class(type(attention.holder))

@@ -46,10 +46,14 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """
     modules = list(model.modules())
     embedded = {id(p) for module in modules if isinstance(module, nn.Embedding) for p in module.parameters()}
-    linear = [p for module in modules if _is_linear(module) for p in module.parameters(recurse=False) if p.ndim == 2]
+    linear = [p for module in modules if _is_linear(module) for p in module.parameters(recurse=False) if _is_matrix(p)]
     last = linear[-1:]
     found = {id(p): p for p in linear if p.requires_grad and id(p) not in embedded and p is not last[0]}
     return list(found.values())
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and min(parameter.shape) > 1  # the lengths of a weight norm are a column
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -67,7 +67,8 @@ def write_checkpoint(path: Path, files: Mapping[str, Mapping[str, Tensor]], cont
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(_in_memory_of_its_own(tensors), aside / name, {"format": FORMAT, "step": str(content["step"])})
+            # One entry of metadata: several are written in any order, and a run done again would make other files.
+            save_file(_in_memory_of_its_own(tensors), aside / name, {"format": FORMAT})
         sealed = dict(content) | {"format": FORMAT, "files": {name: _seal(aside / name) for name in files}}
         # NaN and inf stay what they are: Python's own reader takes them back. The text holds its own checksum.
         text = json.dumps(sealed)

@@ -6,22 +6,23 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import RecipeError, RunFolderError, TrimtabError
 from trimtab.stabilizers import Stabilizer, parse
 from trimtab.tasks.recipe import Recipe
+from trimtab.train.compare_folder import open_compare, plain
+from trimtab.train.folder import ERROR, RUN
 from trimtab.train.grid import RunPlace, plan
 from trimtab.train.hardware import Hardware
 from trimtab.train.loop import train
 from trimtab.train.parcels import pack
 from trimtab.train.progress import Progress, Result, read_result
 from trimtab.train.workers import cores, run_all, visible_gpus
-
-COMPARE = "compare.json"
-ERROR = "error.json"
+from trimtab.watch.runlog import STEPS, write_json
 
 _PRELOAD = ("lightning_fabric", "trimtab.train.compare")  # seconds of importing
 
@@ -89,7 +90,7 @@ def compare(
     facts = dict(facts or {})
     _refuse_no_jobs(jobs)
     _tasks(places, hardware, facts)
-    _open_folder(Path(folder), arms, lrs, seeds, facts.get("recipe_name"))
+    open_compare(Path(folder), arms, lrs, seeds, facts.get("recipe_name"))
     run_places(places, jobs=jobs, ray_address=ray_address, on_news=on_news, hardware=hardware, facts=facts)
     return places
 
@@ -154,7 +155,8 @@ def run_places(
 def finished(place: RunPlace) -> Result | None:
     """The result of a planned run, or None if its folder holds no whole one of the same recipe."""
     try:
-        same = json.loads((place.folder / "run.json").read_bytes())["recipe"] == _plain(place.recipe)
+        info = json.loads((place.folder / RUN).read_bytes())
+        same = (info["task"], info["recipe"]) == (type(place.recipe).__name__, plain(place.recipe))
         return read_result(place.folder) if same else None
     except (OSError, ValueError, TypeError, KeyError, RunFolderError):  # train() says what is wrong with it
         return None
@@ -191,6 +193,8 @@ def _train(task: _Task, tell: Callable[[Progress], None]) -> Result | Failure:
     (place.folder / ERROR).unlink(missing_ok=True)
     try:
         return train(place.recipe, place.folder, tell, hardware=hardware, facts={**facts, "arm": place.arm})
+    except RunFolderError as error:  # another process is at work there, or it is another's: nothing is written to it
+        return Failure(place.folder, type(error).__name__, str(error))
     except Exception as error:
         lines = "" if isinstance(error, TrimtabError) else traceback.format_exc()
         return _record(place, type(error).__name__, str(error), lines)
@@ -200,7 +204,7 @@ def _look(task: _Task) -> Progress | None:
     """How a run goes, from the last line of its log."""
     place = task[0]
     try:
-        line = json.loads((place.folder / "steps.jsonl").read_bytes().splitlines()[-1])
+        line = json.loads((place.folder / STEPS).read_bytes().splitlines()[-1])
         loss, seconds = float(line["loss"]), float(line["time"])
         lr = line["lr"][0] if isinstance(line["lr"], list) else line["lr"]
     except (OSError, ValueError, LookupError, TypeError):  # none yet, or just being written
@@ -222,68 +226,10 @@ def _record(place: RunPlace, kind: str, error: str, lines: str = "") -> Failure:
     content = {"kind": kind, "error": error, "arm": place.arm, "lr": recipe.lr, "seed": recipe.seed}
     if lines:
         content["traceback"] = lines
-    place.folder.mkdir(parents=True, exist_ok=True)
-    _write(place.folder / ERROR, content)
+    with suppress(OSError):  # of a full disk, perhaps, which may be what the error is about
+        place.folder.mkdir(parents=True, exist_ok=True)
+        write_json(place.folder / ERROR, content)
     return Failure(place.folder, kind, error)
-
-
-def _open_folder(
-    folder: Path, arms: Mapping[str, Recipe], lrs: Sequence[float], seeds: Sequence[int], recipe_name: object
-) -> None:
-    """Make the folder, or find in it a compare that this one goes on with, and write compare.json."""
-    path = folder / COMPARE
-    recipes = {arm: _plain(recipe) for arm, recipe in arms.items()}
-    before: dict[str, Any] = {"lrs": [], "seeds": []}
-    if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"{folder} is a file; a compare needs a folder")
-    if path.is_file():
-        try:
-            before = json.loads(path.read_bytes())
-            _refuse_another(folder, before["arms"], recipes)
-            before = {"lrs": list(before["lrs"]), "seeds": list(before["seeds"])}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise RunFolderError(f"{path} is damaged; choose another folder, or remove {folder} first") from None
-    elif folder.is_dir() and any(entry.name != f"{COMPARE}.part" for entry in folder.iterdir()):
-        raise RunFolderError(f"{folder} is not empty and holds no compare; choose another folder")
-    content = {
-        "recipe_name": recipe_name,
-        "arms": recipes,
-        "lrs": sorted({*before["lrs"], *lrs}),
-        "seeds": sorted({*before["seeds"], *seeds}),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, content)
-    except OSError as error:
-        raise RunFolderError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-
-
-def _refuse_another(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    for arm, recipe in there.items():
-        if arm not in here:
-            raise RunFolderError(
-                f"{folder} holds a compare with the arm {arm!r}, which this one lacks; name all its arms "
-                f"({', '.join(there)}) and those to add, or choose another folder"
-            )
-        for name in dict.fromkeys((*recipe, *here[arm])):
-            was, now = recipe.get(name), here[arm].get(name)
-            if was != now and name not in ("lr", "seed"):
-                raise RunFolderError(
-                    f"{folder} holds another compare: {name} of the arm {arm!r} is {was!r} there and {now!r} here; "
-                    "choose another folder"
-                )
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON gives it back."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
-    return content
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 def _refuse_no_jobs(jobs: int | None) -> None:

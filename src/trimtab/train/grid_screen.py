@@ -16,6 +16,7 @@ from trimtab.report.terminal import duration
 from trimtab.train.compare import Failure
 from trimtab.train.grid import RunPlace
 from trimtab.train.progress import Progress, Result
+from trimtab.train.screen import title
 
 _FAILURES = 3  # the latest that are shown below the table
 
@@ -86,13 +87,9 @@ class GridScreen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One frame, for the console's width and encoding."""
-        title = Table.grid(expand=True, padding=(0, 1, 0, 0))
-        title.add_column(no_wrap=True, overflow="ellipsis")
-        title.add_column(justify="right", no_wrap=True)
         left = self._left()
         ended = f"{len(self.ended)} of {len(self._recipes)} runs" + (f", {left}" if left else "")
-        title.add_row(Text(str(self._folder), style="bold"), ended)
-        yield title
+        yield title(str(self._folder), ended, options.max_width)
         table = self._table(brief=False)
         if console.measure(table, options=options.update(max_width=10_000)).maximum > options.max_width:
             table = self._table(brief=True)

@@ -126,6 +126,8 @@ def _check_shared(folder: Path) -> None:
             trouble = ray.get(probe.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(str(path)))
             if trouble is None and not path.is_file():
                 trouble = "what it wrote there is not seen here"
+        except ray.exceptions.RayError:  # it has just died, and will do no runs
+            continue
         finally:
             path.unlink(missing_ok=True)
         if trouble:

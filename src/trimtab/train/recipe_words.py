@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 def recipe_and_options(
-    recipe: Recipe, options: T, words: Sequence[str], prog: str, description: str | None = None
+    recipe: Recipe, options: type[T], words: Sequence[str], prog: str, description: str | None = None
 ) -> tuple[Recipe, T]:
     """Override a recipe's fields, and a command's options, by what was typed.
 
     Args:
         recipe: its fields are flags, ``--lr``; those of a dataclass in it have its name before them, ``--model.depth``.
-        options: a frozen dataclass of defaults; its fields are flags, too. Given as a class, it has none to show.
+        options: a dataclass, whose fields are flags, too.
         words: what was typed after the recipe's name.
         prog: the command, for its help.
         description: one line for its help; the first of the recipe's class by default.
@@ -31,14 +31,19 @@ def recipe_and_options(
     """
     import tyro
 
-    kind: Any = options if isinstance(options, type) else type(options)
-    taken = {field.name for field in fields(kind)} & {field.name for field in fields(recipe)}
+    own: Any = options
+    taken = {field.name for field in fields(own)} & {field.name for field in fields(recipe)}
     if taken:
         raise RecipeError(f"the recipe's field {taken.pop()!r} is an option of {prog.rsplit(' ', 1)[0]}: rename it")
     bare = tyro.conf.arg(name="")
-    own: tuple[Any, ...] = ("options", Annotated[kind, bare, tyro.conf.FlagCreatePairsOff])
-    own = own if isinstance(options, type) else (*own, options)
-    both = make_dataclass("Words", [own, ("recipe", Annotated[type(recipe), bare], recipe)], frozen=True)
+    both = make_dataclass(
+        "Words",
+        [
+            ("options", Annotated[own, bare, tyro.conf.FlagCreatePairsOff]),
+            ("recipe", Annotated[type(recipe), bare], recipe),
+        ],
+        frozen=True,
+    )
     parsed: Any = parse_words(both, words, prog=prog, description=description or _first_line(recipe))
     return parsed.recipe, parsed.options
 

@@ -41,7 +41,7 @@ class RunScreen:
         # Tuples, replaced as a whole: the thread that draws reads them while training goes on.
         self._curves: dict[str, tuple[float, ...]] = {}
         # Lines printed meanwhile, a warning for instance, go above the table.
-        self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=4)
+        self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -83,17 +83,12 @@ class RunScreen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """One frame, for the console's width, height and encoding."""
         now, width = self._now, options.max_width
-        title = Table.grid(expand=True, padding=(0, 1, 0, 0))
-        title.add_column(no_wrap=True, overflow="ellipsis")
-        title.add_column(justify="right", no_wrap=True)
         if now is None:
-            title.add_row(Text(str(self._folder), style="bold"), "getting ready")
-            yield title
+            yield title(str(self._folder), "getting ready", width)
             return
         left = "stopping after this step" if _asked_to_stop() else self._left(now, time.monotonic() - self._arrived)
         step = f"step {now.step:,} of {now.steps:,}"
-        title.add_row(Text(str(self._folder), style="bold"), f"{step}, {left}" if left else step)
-        yield title
+        yield title(str(self._folder), f"{step}, {left}" if left else step, width)
         bar = Table.grid()  # alone it would not end its line
         bar.add_row(ProgressBar(total=now.steps, completed=now.step, width=width))
         yield bar
@@ -115,10 +110,9 @@ class RunScreen:
         for name, value in now.metrics.items():
             add(name, f"{value:.4g}", sparkline(self._curves[name], room, bars))
         if now.entropy_min is not None:
-            head = now.worst_head or ""
-            short = head if len(head) <= room - 10 else "..." + head[13 - room :]
-            curve = sparkline(self._curves["entropy"], room - len(short) - 2, bars)
-            add("lowest entropy, of 1", f"{now.entropy_min:.3f}", curve + "  ", short)
+            head = shortened(now.worst_head or "", room - 10)
+            curve = sparkline(self._curves["entropy"], room - len(head) - 2, bars)
+            add("lowest entropy, of 1", f"{now.entropy_min:.3f}", curve + "  ", head)
         add("learning rate", f"{now.lr:.4g}")
         add("samples/s", f"{now.samples_per_second:,.0f}")
         return table
@@ -139,6 +133,17 @@ def _line(now: Progress, metrics: Mapping[str, float], left: str) -> str:
 def figures(value: float) -> str:
     """A metric to four decimals, or to four figures when it is large."""
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def title(left: str, right: str, width: int) -> Text:
+    """Two words on the line, at its ends; the left one gives way."""
+    left = shortened(left, width - len(right) - 2)
+    return Text.assemble((left, "bold"), " " * (width - len(left) - len(right)), right)
+
+
+def shortened(name: str, room: int) -> str:
+    """A name that is too long without its beginning, which tells less than its end."""
+    return name if len(name) <= room else "..." + name[max(0, len(name) + 3 - max(room, 3)) :]
 
 
 def _asked_to_stop() -> bool:

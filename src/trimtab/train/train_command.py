@@ -35,8 +35,8 @@ Train one recipe, watched. The same command again goes on where it was interrupt
 
 @dataclass(frozen=True)
 class _Options:
-    folder: Path
-    """The run's folder: a new one, or one to go on in."""
+    folder: Path | None = None
+    """The run's folder, a new one or one to go on in; None: runs/NAME, with --from a new one beside that run."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
@@ -75,24 +75,23 @@ def train_command(words: Sequence[str]) -> int:
     if first.partition("=")[0] == "--from":
         path = first.partition("=")[2] or (rest.pop(0) if rest else "")
         recipe, facts, folder = _earlier(Path(path))
-        recipe, options = recipe_and_options(recipe, _Options(folder), rest, f"trimtab train --from {path}")
-        if options.folder == folder:  # the next time, it would be another new one
+        recipe, options = recipe_and_options(recipe, _Options, rest, f"trimtab train --from {path}")
+        if options.folder is None:  # the next time, it would be another new one
             _refuse_several(folder)
             again += ["--folder", str(folder)]
     elif first.startswith("-"):
         raise RecipeError(f"a recipe's name comes first, then {first}: trimtab train NAME {shlex.join(words)}")
     else:
         recipe, facts, folder = find_recipe(first), {"recipe_name": first}, Path("runs") / short_name(first)
-        recipe, options = recipe_and_options(recipe, _Options(folder), rest, f"trimtab train {first}", about(first))
-    return _train(recipe, options, facts, shlex.join(again))
+        recipe, options = recipe_and_options(recipe, _Options, rest, f"trimtab train {first}", about(first))
+    hardware = Hardware(options.accelerator, options.strategy)
+    return _train(recipe, options.folder or folder, hardware, facts, shlex.join(again))
 
 
-def _train(recipe: Recipe, options: _Options, facts: Mapping[str, Any], again: str) -> int:
-    folder, console = options.folder, Console(quiet=_rank() > 0, highlight=False)
+def _train(recipe: Recipe, folder: Path, hardware: Hardware, facts: Mapping[str, Any], again: str) -> int:
+    console = Console(quiet=_rank() > 0, highlight=False)
     finished = (folder / RESULT).is_file()
-    screen = RunScreen(folder, console, recipe.seconds, 0 if finished else _last_checkpoint(folder))
-    with screen:
-        hardware = Hardware(options.accelerator, options.strategy)
+    with RunScreen(folder, console, recipe.seconds, 0 if finished else _last_checkpoint(folder)) as screen:
         result = train(recipe, folder, screen.show, hardware=hardware, facts=facts)
     lines = []
     if finished:

@@ -1,0 +1,221 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import NAN, write_compare, write_json, write_run
+
+from trimtab.errors import RunFolderError
+from trimtab.report.collect import collect
+from trimtab.report.compare_page import write_compare_page
+from trimtab.report.compare_words import headline, told
+from trimtab.report.comparison import comparisons
+from trimtab.report.looks import looks
+from trimtab.report.measured import measure_all
+
+NOISE = 0.01 * np.random.default_rng(0).random((2, 3, 5))
+CLEAR = {
+    "none": {
+        lr: list(level + NOISE[0, place]) for place, (lr, level) in enumerate(((0.01, 0.4), (0.1, 0.9), (1, 1.7)))
+    },
+    "sigma": {lr: list(0.5 + NOISE[1, place]) for place, lr in enumerate((0.01, 0.1, 1))},
+}
+
+
+class Reader(HTMLParser):
+    """The page's tables as a browser shows them, and what it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.rows: list[list[str]] = []
+        self.bold: set[str] = set()
+        self._in: str | None = None
+        self._class = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.fetched += [str(given[name]) for name in ("src", "href", "action") if name in given]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in, self._class = tag, str(given.get("class"))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = None if tag == self._in else self._in
+
+    def handle_data(self, data: str) -> None:
+        if self._in:
+            self.rows[-1][-1] += data
+            if self._class == "bold":
+                self.bold.add(data)
+
+
+def read(path: Path) -> tuple[str, Reader]:
+    text = path.read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(text)
+    return text, reader
+
+
+def data_of(text: str) -> dict[str, dict[str, object]]:
+    [found] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    return dict(json.loads(found))
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
+    folder = write_compare(tmp_path / "c", CLEAR)
+    written = write_compare_page([folder], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    assert reader.fetched == []
+    assert "default-src 'none'" in text
+    assert text.count('<div id="figure-') >= 6
+    assert "30 runs of vit-digits: 2 arms, 3 learning rates, 5 seeds." in text
+    assert written.path == tmp_path / "page.html"
+    write_compare_page([folder], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == text
+
+
+def test_bold_are_the_winners_that_the_seeds_can_name_and_no_others(tmp_path: Path) -> None:
+    write_compare_page([write_compare(tmp_path / "c", CLEAR)], tmp_path / "page.html")
+    _, reader = read(tmp_path / "page.html")
+    header, none, sigma = reader.rows[:3]
+    bold = {title for title, cell in zip(header, none, strict=True) if cell in reader.bold}
+    assert {"best loss", "best accuracy"} <= bold  # 0.4 against 0.5
+    bold = {title for title, cell in zip(header, sigma, strict=True) if cell in reader.bold}
+    assert "LR sensitivity" in bold
+    assert "best loss" not in bold
+    two = {arm: {lr: finals[:2] for lr, finals in by_lr.items()} for arm, by_lr in CLEAR.items()}
+    written = write_compare_page([write_compare(tmp_path / "two", two)], tmp_path / "two.html")
+    text, reader = read(tmp_path / "two.html")
+    assert reader.bold == set()
+    assert "With 2 seeds no difference can be told from chance" in text
+    assert "2 seeds cannot name a winner" in written.summary
+
+
+def test_the_summary_for_a_terminal(tmp_path: Path) -> None:
+    summary = write_compare_page([write_compare(tmp_path / "c", CLEAR)], tmp_path / "page.html").summary
+    header, none, sigma, note = summary.splitlines()
+    assert header.split("  ")[-1].strip() == "step time"
+    assert none.startswith("none ")
+    assert "at 0.01*" in none
+    assert sigma.startswith("sigma ")
+    assert note == "(3 learning rates, 5 seeds; * the seeds tell it from every other arm)"
+
+
+def test_the_words_say_who_is_ahead_and_what_cannot_be_told(tmp_path: Path) -> None:
+    [clear] = comparisons(collect([write_compare(tmp_path / "clear", CLEAR)]))
+    measured = measure_all(clear)
+    lines = " ".join(headline(clear, measured))
+    assert "Each at its own best learning rate: none is first with 0.899" in lines
+    assert "at 0.01; the seeds tell it from sigma" in lines
+    assert "LR sensitivity: sigma is first with 0.0" in lines
+    assert "No run failed." in lines
+    by_name = {each.measure.name: each for each in measured}
+    assert told(by_name["lr_sensitivity"]) == "LR sensitivity: the seeds can tell sigma below none."
+    same = dict.fromkeys(("none", "sigma", "clip"), CLEAR["sigma"])
+    failing = {**same, "warmup": {0.01: [NAN] * 5, 0.1: [0.4] * 5, 1: [NAN] * 5}}
+    [level] = comparisons(collect([write_compare(tmp_path / "level", failing)]))
+    measured = measure_all(level)
+    lines = " ".join(headline(level, measured))
+    assert "cannot tell it from" in lines
+    assert "Runs that failed: 10 of 15 with warmup." in lines
+    by_name = {each.measure.name: each for each in measured}
+    assert "They cannot tell the other 3 pairs." in told(by_name["share_failed"])
+
+
+def test_each_run_keeps_its_curves_with_their_spikes(tmp_path: Path) -> None:
+    losses: list[float | str] = [2.0] * 3000
+    losses[1234] = 77.0
+    losses[-1] = NAN
+    alarm = {"step": 12350, "kind": "loss spike", "message": "</script><b>low & behold</b>"}
+    folder = write_run(tmp_path / "c" / "long", "sigma", losses=losses, alarms=[alarm])
+    write_run(tmp_path / "c" / "short")
+    write_compare_page([tmp_path / "c"], tmp_path / "page.html")
+    text, _ = read(tmp_path / "page.html")
+    run = data_of(text)["runs"][str(folder)]
+    steps, values = run["curves"]["loss"]  # type: ignore[index]
+    assert values[steps.index(12350)] == 77
+    assert len(steps) <= 202
+    assert run["alarms"] == [[12350, "loss spike", "</script><b>low & behold</b>"]]  # type: ignore[index]
+    assert text.count("</script><b>") == 0
+
+
+def test_names_from_outside_are_text_on_the_page(tmp_path: Path) -> None:
+    write_run(tmp_path / "c" / "a", "<b>bold</b>", info={"machine": "<i>abacus</i>", "recipe_name": "</script>"})
+    write_run(tmp_path / "c" / "b")
+    write_compare_page([tmp_path / "c"], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    outside = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "<b>bold" not in outside
+    assert "<i>abacus" not in outside
+    assert any("<b>bold</b>" in row for row in reader.rows)
+
+
+def test_failures_and_what_is_not_readable_are_listed(tmp_path: Path) -> None:
+    folder = write_compare(tmp_path / "c", {"none": {0.1: [NAN, 1.0]}, "sigma": {0.1: [0.5, 2.5]}})
+    broken = write_run(folder / "runs" / "sigma" / "lr0.1-seed2", "sigma", 0.1, 2, result=False)
+    write_json(broken / "error.json", {"kind": "OSError", "error": "disk full"})
+    (write_run(tmp_path / "c" / "damaged") / "run.json").write_text("{")
+    write_compare_page([folder, tmp_path / "missing"], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    cells = {cell for row in reader.rows for cell in row}
+    assert "diverged at step 20" in cells
+    assert "finished at step 20 with a loss no lower than at init" in cells
+    assert "raised at step 20: OSError: disk full" in cells
+    assert "there is no such folder" in cells
+    assert any("run.json is damaged" in cell for cell in cells)
+    assert "2 folders could not be read; the last table lists them." in text
+
+
+def test_runs_of_different_data_are_drawn_apart_with_a_warning(tmp_path: Path) -> None:
+    write_compare(tmp_path / "c", {"none": {0.1: [1.0]}, "sigma": {0.1: [1.0]}})
+    write_run(tmp_path / "other", recipe={"data": "fashion"})
+    write_compare_page([tmp_path], tmp_path / "page.html")
+    text, _ = read(tmp_path / "page.html")
+    assert "told apart into 2 comparisons" in text
+    assert "Comparison 2 of 2" in text
+
+
+def test_only_unfinished_runs_are_shown_without_measures(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "c" / str(seed), seed=seed, result=False)
+    written = write_compare_page([tmp_path / "c"], tmp_path / "page.html")
+    assert "Nothing is measured yet" in read(tmp_path / "page.html")[0]
+    assert written.summary.startswith("2 runs, nothing measured: 2 of 2 runs have no result yet")
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"nothing to report: .*there is no run in it"):
+        write_compare_page([tmp_path], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_arms_are_told_apart_by_colour_and_mark() -> None:
+    found = looks([f"arm {index}" for index in range(19)])
+    assert len({(look.color, look.symbol, look.dash) for look in found.values()}) == 19
+    assert found["arm 1"].faded(0.5) == "rgba(0,114,178,0.5)"
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page_and_opens_a_run(tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    folder = write_compare(tmp_path / "c", CLEAR)
+    write_compare_page([folder], tmp_path / "page.html")
+    key = str(folder / "runs" / "none" / "lr0.1-seed2").replace("/", "%2F")
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=8000"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [*words, f"{(tmp_path / 'page.html').as_uri()}#{key}"], capture_output=True, text=True, timeout=120
+    )
+    assert "none, LR 0.1, seed 2" in done.stdout
+    assert "<dialog open" in done.stdout
+    assert done.stdout.count('class="main-svg"') >= 2 * (6 + 5)  # of the page's charts and of the run's
+    assert "Uncaught" not in done.stderr
