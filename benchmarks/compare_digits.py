@@ -1,8 +1,8 @@
 """The digits ViT under every stabilizer, over learning rates and seeds: the first whole table.
 
-    python benchmarks/compare_digits.py                # about 20 minutes on 2 cores; killed, it goes on where it was
+    python benchmarks/compare_digits.py                # about 25 minutes on 2 cores; killed, it goes on where it was
     python benchmarks/compare_digits.py --seeds 2      # the smallest useful table
-    python benchmarks/compare_digits.py --quick        # two arms, one learning rate, one seed: does it run?
+    python benchmarks/compare_digits.py --quick        # every arm, one learning rate, one seed, 20 steps: does it run?
 
 All arms: AdamW without decay, 200 steps of 64 images, constant learning rate, the pre-LN model from Glorot's start (the
 best of those tried at its own best learning rate) unless the stabilizer changes it:
@@ -28,10 +28,12 @@ from typing import Any
 
 import measure
 
+from trimtab.report.compare_page import ComparePage, write_compare_page
 from trimtab.report.runlog import read_run
 from trimtab.tasks.images import vit_digits
 from trimtab.tasks.recipe import Recipe
-from trimtab.train.compare import ERROR, Failure, compare
+from trimtab.train.compare import Failure, compare
+from trimtab.train.folder import ERROR
 from trimtab.train.grid import RunPlace
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
@@ -50,11 +52,11 @@ ARMS = {
     "sigma": "sigma:gamma_init=one:init_std=0.4:remove_norms=true",
     "sigma, pre-LN": "sigma:gamma_init=one:init_std=0.4",
 }
-QUICK = ("none", "sigma")
 
 
-def arms() -> dict[str, Recipe]:
-    plain = replace(vit_digits(), watch_every=10, eval_every=200)
+def arms(quick: bool) -> dict[str, Recipe]:
+    steps = 20 if quick else 200
+    plain = replace(vit_digits(), steps=steps, watch_every=10, eval_every=steps)
     return {name: replace(plain, stabilizer=stabilizer) for name, stabilizer in ARMS.items()}
 
 
@@ -67,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = "compare_digits_quick" if arguments.quick else "compare_digits"
     folder = arguments.folder or Path("runs") / name
-    chosen = {arm: recipe for arm, recipe in arms().items() if not arguments.quick or arm in QUICK}
+    chosen = arms(arguments.quick)
     lrs = LRS[3:4] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
     total = len(chosen) * len(lrs) * len(seeds)
@@ -93,8 +95,10 @@ def main() -> None:
     )
     runs = {place.name: row(place) for place in places}
     table(runs, list(chosen), lrs)
-    results = {"recipe": "vit-digits", "arms": ARMS, "runs": runs, **measures(folder, len(seeds))}
-    print(f"written to {measure.write(name, results)}")
+    page = write_compare_page([folder], folder / "report.html")
+    print(f"\n{page.summary}\n")
+    results = {"recipe": "vit-digits", "arms": ARMS, "measures": measures(page), "runs": runs}
+    print(f"written to {measure.write(name, results)}; the report: {page.path}")
 
 
 def row(place: RunPlace) -> dict[str, Any]:
@@ -114,9 +118,20 @@ def row(place: RunPlace) -> dict[str, Any]:
     }
 
 
-def measures(folder: Path, seeds: int) -> dict[str, Any]:
-    """What `trimtab report` measures."""
-    return {}
+def measures(page: ComparePage) -> list[dict[str, Any]]:
+    """What the report measures: by arm, with its 95 % interval, and the pairs of arms that the seeds tell apart."""
+    return [
+        {
+            "measure": measured.measure.name,
+            "meaning": measured.measure.meaning,
+            "arms": {arm: [value, *measured.intervals[arm]] for arm, value in measured.values.items()},
+            "told_apart": [
+                f"{each.first} | {each.second}: {each.value:+.4g}" for each in measured.differences if each.told
+            ],
+        }
+        for _, group in page.groups
+        for measured in group
+    ]
 
 
 def table(runs: dict[str, dict[str, Any]], names: Sequence[str], lrs: Sequence[float]) -> None:

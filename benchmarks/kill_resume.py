@@ -11,7 +11,7 @@ logged steps, those before the first step included. Compared, byte by byte: weig
 optimiser, random number generators and what Watch remembers, from the last checkpoint; every line of the log without
 its time; the arrays of the heads; the result without its times.
 
-Writes results/kill_resume.json.
+Writes results/kill_resume.json, after each case.
 """
 
 import argparse
@@ -193,19 +193,26 @@ def newest(folder: Path) -> int:
 def differences(folder: Path, reference: Path) -> list[str]:
     """What is not the same in two folders, byte by byte, except for times."""
     step = f"step-{newest(reference):08d}"
-    files = [path.relative_to(reference) for path in (reference / "checkpoints" / step).glob("*.safetensors")]
-    files += [path.relative_to(reference) for path in reference.glob("heads*")]
-    found = [str(file) for file in files if (folder / file).read_bytes() != (reference / file).read_bytes()]
-    for line, (one, other) in enumerate(zip(_lines(folder), _lines(reference), strict=False)):
-        if one != other:
-            found.append(f"line {line + 1} of steps.jsonl")
-    if len(_lines(folder)) != len(_lines(reference)):
+    files = {
+        path.relative_to(place)
+        for place in (folder, reference)
+        for pattern in (f"checkpoints/{step}/*.safetensors", "heads*")
+        for path in place.glob(pattern)
+    }
+    found = [str(file) for file in sorted(files) if _content(folder / file) != _content(reference / file)]
+    own, its = _lines(folder), _lines(reference)
+    found += [
+        f"line {i + 1} of steps.jsonl" for i, (one, other) in enumerate(zip(own, its, strict=False)) if one != other
+    ]
+    if len(own) != len(its):
         found.append("number of lines of steps.jsonl")
     results = [json.loads((each / "result.json").read_text()) for each in (folder, reference)]
     told = [name for name in results[1] if name not in TIMES]
-    found += [f"result.json: {name}" for name in told if results[0].get(name) != results[1][name]]
-    assert len(files) >= 9, files
-    return found
+    return found + [f"result.json: {name}" for name in told if results[0].get(name) != results[1][name]]
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -228,7 +235,7 @@ def kills(place: Path, case: str, count: int, steps: int, seed: int) -> list[dic
             moment = kill_once(folder, case, steps, draw, inside=len(rows) == 1)
             ended = moment is None
             if moment is not None:
-                rows.append({"case": case, "run": run, "killed": moment, "goes on from step": newest(folder)})
+                rows.append({"run": run, "killed": moment, "goes on from step": newest(folder)})
                 print(f"{case:20} run {run}: killed {moment}, goes on from step {newest(folder)}", flush=True)
         finish(folder, case, steps)
         found = differences(folder, reference)
@@ -252,17 +259,17 @@ def main() -> None:
         return
     import measure
 
-    count, steps, rows = 2 if arguments.quick else arguments.kills, 60, []
+    count, steps = 2 if arguments.quick else arguments.kills, 60
+    rows = {} if arguments.quick else measure.rows_so_far("kill_resume")
     for case in arguments.case or STRATEGIES:
         with tempfile.TemporaryDirectory() as place:
-            rows += kills(Path(place), case, count, steps, arguments.seed)
-    print(f"\n{'':20} {'kills':>6} {'runs':>5} {'differing':>10}")
-    for case in dict.fromkeys(row["case"] for row in rows):
-        own = [row for row in rows if row["case"] == case]
+            rows[case] = kills(Path(place), case, count, steps, arguments.seed)
+        if not arguments.quick:
+            measure.write("kill_resume", {"seed": arguments.seed, "steps": steps, "rows": rows})
+    print(f"\n{'':20} {'kills':>6} {'runs':>5} {'runs that differ':>17}")
+    for case, own in rows.items():
         differing = {row["run"] for row in own if row["differs"]}
-        print(f"{case:20} {len(own):6} {own[-1]['run']:5} {len(differing):10}")
-    if not arguments.quick:
-        measure.write("kill_resume", {"seed": arguments.seed, "steps": steps, "rows": rows})
+        print(f"{case:20} {len(own):6} {own[-1]['run']:5} {len(differing):17}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
-def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: str) -> list[float]:
+def paired(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    rounds: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
     """Time both in turn and return the ratios second / first, round by round."""
     for function in (first, second) * 2:
         function()
@@ -55,19 +61,19 @@ def paired(first: Callable[[], Any], second: Callable[[], Any], rounds: int, dev
         order = (first, second) if i % 2 == 0 else (second, first)
         seconds = {}
         for function in order:
-            seconds[id(function)] = timed(function, device)
+            seconds[id(function)] = timed(function, device, clock)
         ratios.append(seconds[id(second)] / seconds[id(first)])
     return ratios
 
 
-def timed(function: Callable[[], Any], device: str) -> float:
+def timed(function: Callable[[], Any], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def resident_memory() -> tuple[int, int]:

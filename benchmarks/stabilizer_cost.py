@@ -1,18 +1,20 @@
 """What the stabilizers of attention and logits cost: whole training steps, with and without each, in turn.
 
     python benchmarks/stabilizer_cost.py            # about five minutes on 2 cores
+    python benchmarks/stabilizer_cost.py --busy     # one thread, processor time: on a machine with other work
     python benchmarks/stabilizer_cost.py --quick    # does it run? some seconds, no numbers worth keeping
 
 A step is forward, loss (with what z-loss adds), backward and fused AdamW, on data made before. Both models start from
 the same weights. Printed is the median of the paired ratios with / without, smallest and largest beside it, for
 
   ViT    the digits ViT of `trimtab train vit-digits`: 0.2 million parameters, batch 64, 16 tokens
-  GPT    4 blocks, 256 wide, 4 heads, 8 texts of 128 tokens, 512 words: 3.5 million parameters
+  GPT    4 blocks, 256 wide, 4 heads, 4 texts of 128 tokens, 512 words: 3.5 million parameters
 
 Writes results/stabilizer_cost.json.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -47,7 +49,7 @@ def steps_of(name: str, spec: str, quick: bool, device: str) -> Callable[[], Non
     else:
         context, width, depth = (32, 64, 1) if quick else (128, 256, 4)
         model = GPT(512, context, width, depth, heads=4)
-        inputs, targets = torch.randint(512, (8, context)), torch.randint(512, (8 * context,))
+        inputs, targets = torch.randint(512, (4, context)), torch.randint(512, (4 * context,))
     stabilize_(model, spec).to(device)
     inputs, targets = inputs.to(device), targets.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -66,7 +68,11 @@ def steps_of(name: str, spec: str, quick: bool, device: str) -> Callable[[], Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small models, two rounds, nothing written")
+    parser.add_argument("--busy", action="store_true", help="one thread, processor time")
     options = parser.parse_args()
+    if options.busy:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.busy else time.perf_counter
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = 2 if options.quick else 8
@@ -74,10 +80,10 @@ def main() -> None:
     for spec in SPECS:
         for name in ("ViT", "GPT"):
             plain, stabilized = (steps_of(name, each, options.quick, device) for each in ("none", spec))
-            ratios.setdefault(spec, {})[name] = paired(plain, stabilized, rounds, device)
+            ratios.setdefault(spec, {})[name] = paired(plain, stabilized, rounds, device, clock)
         print(f"{spec:24}" + "".join(f"  {name} {spread(own)}" for name, own in ratios[spec].items()), flush=True)
     if not options.quick:
-        print(write(f"stabilizer_cost_{device}", {"steps": STEPS, "ratios": ratios}))
+        print(write(f"stabilizer_cost_{device}", {"clock": clock.__name__, "steps": STEPS, "ratios": ratios}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A recipe of one's own: model, data and loss in a Python file, and all the rest is there.
 
-    trimtab train examples/own_recipe.py:Adding --width 64 --stabilizer sigma --lr 0.01
+    trimtab train examples/own_recipe.py:Adding --width 32 --stabilizer sigma --lr 0.01
     trimtab compare examples/own_recipe.py:Adding --stabilizers none,sigma --lrs 1e-3:1e-1:5 --seeds 3
 
 A small Transformer learns to add: it reads "37+48=" and writes "085", one character after the other.
@@ -40,13 +40,13 @@ class Writer(nn.Module):
 class Adding(Recipe):
     """A small Transformer that adds two numbers, on text made here: a minute on a laptop."""
 
-    width: int = 32
+    width: int = 64
     depth: int = 2
-    lr: float = 3e-3
+    lr: float = 5e-3
     schedule: Schedule = "cosine"
     warmup_steps: int = 50
     clip: float | None = 1.0
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 128
     watch_every: int = 50
     eval_every: int = 100

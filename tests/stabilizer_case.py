@@ -218,8 +218,7 @@ class StabilizerCase:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(5)
                 stabilize_(example.model, spec)
-            losses = step_(example, lr=3e-3, steps=6)
-            assert losses[-1] < losses[0]
+            step_(example, steps=2)
             expected = example.logits(example.model)
             fold_(example.model)
             torch.testing.assert_close(example.logits(example.model), expected, **CLOSE)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import types
@@ -146,18 +147,16 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     assert process.returncode == 0
 
 
-def test_a_terminal_without_unicode_is_written_to_all_the_same() -> None:
-    command = [sys.executable, "-m", "trimtab", "recipes"]
-    done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii"}, check=False)
-    assert done.returncode == 0
-    assert b"8?8" in done.stdout
-    assert done.stderr == b""
-
-
-def test_the_module_is_the_command(tmp_path: Path) -> None:
+def test_the_module_is_the_command_and_writes_to_a_terminal_without_unicode(tmp_path: Path) -> None:
+    """Of a message that it cannot write it writes what it can: the name that is unknown here has an ø."""
     done = subprocess.run(
-        [sys.executable, "-m", "trimtab", "train", "nope"], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-m", "trimtab", "train", "nøpe"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown recipe 'nope'.")
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: unknown recipe 'n?pe'.")
+    assert done.stderr.count("\n") == 1

@@ -42,7 +42,7 @@ _COMMANDS = {
     ),
     "inspect": _Command(
         "FILE",
-        "spectral norms, stable ranks, q/k energy, TEV of any checkpoint",
+        "spectral norms, stable ranks, TEV of any checkpoint",
         "trimtab.inspect.command:inspect_command",
     ),
     "data": _Command("list|get|check", "data sets by name, with checksums", "trimtab.tasks.data.command:data_command"),

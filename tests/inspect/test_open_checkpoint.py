@@ -188,11 +188,28 @@ def test_heads_are_read_from_files_beside_the_checkpoint(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4, "num_key_value_heads": 2}))
     report = inspect_checkpoint(path)
     assert (report.num_heads, report.num_kv_heads) == (4, 2)
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    save_file(two_layers(), run / "checkpoints" / "last.safetensors")
-    (run / "run.json").write_text(json.dumps({"recipe": {"model": {"num_heads": 2}}}))
-    assert inspect_checkpoint(run).num_heads == 2
+
+
+def test_a_run_folder_means_its_newest_checkpoint(tmp_path: Path) -> None:
+    small = {name: tensor for name, tensor in two_layers().items() if "layers.1" not in name}
+    for step, weights in (("200.part", small), ("00000200", small), ("100000000", two_layers()), ("00000300", small)):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        write_safetensors(weights, folder)
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"model": {"num_heads": 2}}}))
+    newest = tmp_path / "checkpoints" / "step-100000000"
+    for path in (tmp_path, newest, newest / "model.safetensors"):
+        report = inspect_checkpoint(path)
+        assert report.num_heads == 2
+        assert len(report.attention) == 2
+    assert len(inspect_checkpoint(tmp_path / "checkpoints" / "step-00000300").attention) == 1
+
+
+def test_a_run_folder_of_an_earlier_version(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    save_file(two_layers(), tmp_path / "checkpoints" / "last.safetensors")
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"model": {"num_heads": 2}}}))
+    assert inspect_checkpoint(tmp_path).num_heads == 2
 
 
 class Trap:

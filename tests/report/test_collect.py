@@ -78,6 +78,7 @@ def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     assert math.isnan(run.entropy_min)
     assert [alarm["kind"] for alarm in run.alarms] == ["loss spike"]
     assert run.curves["loss"][0].tolist() == [10, 30]
+    assert "eval_loss" not in run.curves  # no line has it
     assert run.curves["lr"][1].tolist() == [0.03] * 3  # the first group's
     assert "sigma" not in run.curves
 
@@ -97,6 +98,14 @@ def test_which_runs_failed(tmp_path: Path, changes: dict[str, object], failed: b
     write_run(tmp_path / "run", **changes)  # type: ignore[arg-type]
     [run] = collect([tmp_path]).runs
     assert run.failed == failed
+
+
+def test_curves_of_metrics_begin_before_the_first_step(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "steps.jsonl").write_text('{"step": 10, "loss": 1.5}\n{"step": 20, "loss": 1.0, "accuracy": 0.9}\n')
+    curves = collect([tmp_path]).runs[0].curves
+    assert [each.tolist() for each in curves["accuracy"]] == [[0, 20], [0.1, 0.9]]
+    assert [each.tolist() for each in curves["loss"]] == [[10, 20], [1.5, 1.0]]
 
 
 def test_without_an_evaluation_the_loss_of_the_batch_counts(tmp_path: Path) -> None:

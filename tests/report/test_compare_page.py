@@ -112,10 +112,11 @@ def test_the_words_say_who_is_ahead_and_what_cannot_be_told(tmp_path: Path) -> N
     [clear] = comparisons(collect([write_compare(tmp_path / "clear", CLEAR)]))
     measured = measure_all(clear)
     lines = " ".join(headline(clear, measured))
-    assert "Each at its own best learning rate: none is first with 0.899" in lines
+    assert "Best accuracy, each at its own best learning rate: none is first with 0.899" in lines
     assert "at 0.01; the seeds tell it from sigma" in lines
-    assert "LR sensitivity: sigma is first with 0.0" in lines
+    assert "LR sensitivity, over all learning rates: sigma is first with 0.0" in lines
     assert "No run failed." in lines
+    assert "A step takes 1.00 × with sigma, over one with none." in lines
     by_name = {each.measure.name: each for each in measured}
     assert told(by_name["lr_sensitivity"]) == "LR sensitivity: the seeds can tell sigma below none."
     same = dict.fromkeys(("none", "sigma", "clip"), CLEAR["sigma"])
@@ -188,6 +189,30 @@ def test_only_unfinished_runs_are_shown_without_measures(tmp_path: Path) -> None
     written = write_compare_page([tmp_path / "c"], tmp_path / "page.html")
     assert "Nothing is measured yet" in read(tmp_path / "page.html")[0]
     assert written.summary.startswith("2 runs, nothing measured: 2 of 2 runs have no result yet")
+
+
+def test_unwatched_runs_have_no_picture_of_their_attention(tmp_path: Path) -> None:
+    write_compare(tmp_path / "c", {"none": {0.1: [1.0]}, "sigma": {0.1: [1.0]}}, entropy=NAN, logit=NAN)
+    write_compare_page([tmp_path / "c"], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    assert "Against the learning rate" in text
+    assert "Inside the attention" not in text
+    assert "lowest entropy" not in reader.rows[0]
+
+
+def test_a_single_run_compares_with_nothing(tmp_path: Path) -> None:
+    written = write_compare_page([write_run(tmp_path / "run")], tmp_path / "page.html")
+    assert read(tmp_path / "page.html")[1].bold == set()
+    assert "0.900 at 0.01" in written.summary
+
+
+def test_the_page_has_colours_for_the_night(tmp_path: Path) -> None:
+    write_compare_page([write_run(tmp_path / "run")], tmp_path / "page.html")
+    text, _ = read(tmp_path / "page.html")
+    night = json.loads(re.findall(r"night.matches \? Object.entries\((.*?)\)", text)[0])
+    for day, dark in night.items():  # every colour of the charts' frames, and of the style
+        assert day in text.split("<style>")[1].split("</style>")[0]
+        assert dark in text.split("prefers-color-scheme: dark")[1]
 
 
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:

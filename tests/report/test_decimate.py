@@ -28,6 +28,11 @@ def test_every_spike_of_a_long_run_survives() -> None:
     assert len(steps) <= 202
 
 
+def test_of_a_constant_the_ends_are_enough() -> None:
+    steps, kept = decimate(np.arange(10_000.0), np.full(10_000, 0.1))
+    assert (steps.tolist(), kept.tolist()) == ([0, 9999], [0.1, 0.1])
+
+
 def test_what_is_not_finite_is_left_out() -> None:
     values = np.array([1.0, np.nan, np.inf, 2.0])
     steps, kept = decimate(np.arange(4.0), values)

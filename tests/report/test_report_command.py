@@ -75,6 +75,17 @@ def test_one_run_gets_a_page_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Alarms, and what to do" in text
 
 
+def test_a_run_that_raised_before_its_first_step_gets_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = write_compare(tmp_path / "c", FINALS) / "runs" / "sigma" / "lr0.01-seed7"
+    place.mkdir()
+    write_json(place / "error.json", {"kind": "RecipeError", "error": "no such layer"})
+    assert report_command([str(place)]) == 0
+    assert "raised: RecipeError: no such layer" in capsys.readouterr().out
+    assert "no such layer" in (place / "report.html").read_text()
+
+
 def test_a_run_under_way_or_of_ones_own_loop_gets_a_page_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

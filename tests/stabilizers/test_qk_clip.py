@@ -1,8 +1,10 @@
 """QK-Clip: after a step, the same batch has no logit above tau, and heads below it are as they were."""
 
+import contextlib
 import copy
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import trimtab as tt
 from trimtab.errors import ConversionError, RecipeError
 from trimtab.reparam.heads import Projections, projections
 from trimtab.stabilizers import parse, stabilize_
-from trimtab.stabilizers.head_scaling import split_over_heads, wanted_shrinking
+from trimtab.stabilizers.head_scaling import shrink_logits_, split_over_heads, wanted_shrinking
+from trimtab.stabilizers.qk_clip import see_compiled_
 
 
 def _max_logits(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -175,6 +179,63 @@ def test_every() -> None:
     assert clipped == [True, False, False, True, False, False, True]
 
 
+def test_every_goes_on_where_a_checkpoint_left_it() -> None:
+    first, second = vit(), vit()
+    for model in (first, second):
+        stabilize_(model, "qk-clip:tau=0.01:every=3")
+    _step(second, images())  # its own count begins, and gives way to the one loaded
+    for _ in range(2):
+        _step(first, images())
+    second.load_state_dict(first.state_dict())
+    twin = copy.deepcopy(first)
+    for model in (first, second, twin):
+        with torch.no_grad():
+            model.blocks[0].attention.query.weight.mul_(10)
+        clipped = []
+        for _ in range(2):
+            _step(model, images())
+            clipped.append(float(_max_logits(model, images()).max()) == pytest.approx(0.01))
+        assert clipped == [False, True]
+
+
+def test_watched_training_is_the_same(tmp_path: Path) -> None:
+    models = [vit(depth=2), vit(depth=2)]
+    for model in models:
+        stabilize_(model, "qk-clip:tau=1")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        watch = tt.Watch(model, tmp_path / "run", every=1) if model is models[0] else None
+        with watch or contextlib.nullcontext():
+            for _ in range(4):
+                optimizer.zero_grad()
+                loss = model(images()).square().mean()
+                loss.backward()
+                optimizer.step()
+                if watch is not None:
+                    watch.step(loss)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
+def test_square_weights_stored_by_inputs() -> None:
+    """The queries of GPT-2's cross-attention: a Conv1D whose shape does not tell which side the heads are on."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 12, "n_layer": 1, "n_head": 3, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = transformers.GPT2Config(vocab_size=17, bos_token_id=0, eos_token_id=0, add_cross_attention=True, **sizes)
+    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+    cross = next(each for each in projections(model) if "crossattention" in each.name)
+    for rows in (cross.query, cross.key):
+        nn.init.normal_(rows.layer.weight, std=0.5)
+    memory = torch.randn(3, 4, 12)
+
+    def max_logits() -> Tensor:
+        with torch.no_grad():
+            return calls_of(lambda: model(tokens(), encoder_hidden_states=memory))[-1].max_logits
+
+    before, shrinking = max_logits(), torch.tensor([0.25, 1.0, 0.5])
+    shrink_logits_(cross, shrinking)
+    torch.testing.assert_close(max_logits(), before * shrinking)
+
+
 def test_another_models_optimizer_changes_nothing() -> None:
     model, other = vit(), vit()
     stabilize_(model, "qk-clip:tau=0.01")
@@ -183,6 +244,30 @@ def test_another_models_optimizer_changes_nothing() -> None:
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     torch.optim.SGD([model.head.weight], lr=0.0).step()  # nor one that holds other weights of its own
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+class _Around(torch.optim.Optimizer):
+    """As SAM does it: an optimiser that has another take the step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_around_another_takes_one_step() -> None:
+    model = vit()
+    stabilize_(model, "qk-clip:tau=0.01:every=2")
+    optimizer = _Around(torch.optim.SGD(model.parameters(), lr=0.0))
+    clipped = []
+    for _ in range(12):  # long enough to be told that nothing was seen
+        _step(model, images(), optimizer=optimizer)
+        clipped.append(float(_max_logits(model, images()).max()) == pytest.approx(0.01))
+        with torch.no_grad():
+            model.blocks[0].attention.query.weight.mul_(10)
+    assert clipped == [True, False] * 6
 
 
 def test_weights_in_two_optimizers() -> None:
@@ -243,16 +328,25 @@ class _ByHand(nn.Module):
         return (self.query(x) @ self.key(x).mT).softmax(-1) @ x
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled(in_place: bool, told: bool) -> None:
     model = vit()
     stabilize_(model, "qk-clip:tau=0.01")
     torch._dynamo.reset()
-    program = torch.compile(model, backend="eager")
+    program = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    if told:
+        see_compiled_(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for _ in range(2):  # that it is compiled shows after the first
+    clipped = []
+    for _ in range(2):
         program(images())
         optimizer.step()
-    assert float(_max_logits(model, images()).max()) == pytest.approx(0.01)
+        with torch.compiler.set_stance("force_eager"):
+            clipped.append(float(_max_logits(model, images()).max()) == pytest.approx(0.01))
+    assert clipped == [told, True]  # untold, it shows after the first step
 
 
 def _clips_in_each_process(rank: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimtab.errors import ConversionError
 from trimtab.stabilizers import fold_, stabilize_
 from trimtab.stabilizers.deepnorm import alpha_beta
-from trimtab.stabilizers.parts import attentions, blocks
+from trimtab.stabilizers.parts import attentions, blocks, layers_filter
 from trimtab.stabilizers.residual import residual_branches
 
 EXACT = {"rtol": 1e-10, "atol": 1e-11}  # float64, the same sums in another order
@@ -74,6 +74,43 @@ def test_branches_of_torchs_layers() -> None:
     ]
     assert list(blocks(nn.TransformerEncoderLayer(8, 2))) == [""]
     assert list(attentions(nn.MultiheadAttention(8, 2))) == [""]
+
+
+class Flat(nn.Module):
+    """A block without modules of its own for attention and MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.qkv, self.proj, self.up, self.down = (nn.Linear(8, out) for out in (24, 8, 8, 8))
+
+
+class Sequences(nn.Module):
+    """A block whose MLP, and whose attention's end, are an nn.Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        out = nn.Sequential(nn.Linear(8, 8), nn.Dropout())
+        self.attention = nn.ModuleDict({"to_qkv": nn.Linear(8, 24), "to_out": out})
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.Dropout())
+
+
+def test_blocks_in_other_styles() -> None:
+    for block, ends, attention in (
+        (Flat, ["proj", "down"], {"qkv", "proj"}),
+        (Sequences, ["attention.to_out.0", "mlp.3"], {"attention.to_qkv", "attention.to_out.0"}),
+    ):
+        model = nn.ModuleDict({"embed": nn.Linear(8, 8), "blocks": nn.ModuleList([block(), block()])})
+        names = [f"blocks.{i}.{end}" for i in range(2) for end in ends]
+        assert [branch.name for branch in residual_branches(model)] == names
+        is_meant = layers_filter(model, "attention")
+        assert is_meant is not None
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        meant = {name for name in linear if is_meant(model, name)}
+        assert meant == {f"blocks.{i}.{name}" for i in range(2) for name in attention}
+        is_meant = layers_filter(model, "mlp")
+        assert is_meant is not None
+        assert {name for name in linear if is_meant(model, name)} == set(linear) - meant - {"embed"}
 
 
 class Odd(nn.Module):
@@ -249,6 +286,14 @@ def test_a_scale_of_a_half_precision_model_under_autocast() -> None:
     stabilize_(model, "layer-scale")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.get_submodule("blocks.0.mlp")(torch.randn(2, 4, 24)).dtype == torch.bfloat16
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    for spec in ("layer-scale", "rezero", "deepnorm"):
+        with pytest.raises(ConversionError, match=r"self_attn is on the meta device: give it values first"):
+            stabilize_(model, spec)
 
 
 def test_a_fold_that_fails_halfway_is_undone() -> None:

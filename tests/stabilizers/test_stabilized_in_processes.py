@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from trimtab.errors import ConversionError
 from trimtab.models import ViT, ViTConfig
-from trimtab.stabilizers import auxiliary_loss, stabilize_
+from trimtab.stabilizers import auxiliary_loss, fold_, stabilize_
 from trimtab.stabilizers.auxiliary import record
 
 
@@ -63,7 +64,15 @@ def trains_like_one_process(rank: int, specs: list[str]) -> None:
                 # Adam's first steps have the size of the learning rate, however small the gradient, so that sums taken
                 # in another order show where a gradient is nearly zero
                 torch.testing.assert_close(whole, expected[name], rtol=1e-6, atol=1e-8)
-        assert dist.get_world_size() == 2
+        if spec.startswith("layer-scale"):
+            with pytest.raises(ConversionError, match="sharded"):
+                fold_(sharded)
+    plain = stabilized("none")
+    fully_shard(plain)
+    for spec in ("layer-scale", "deepnorm", "weight-norm", "sigma"):
+        with pytest.raises(ConversionError, match="sharded already"):
+            stabilize_(plain, spec)
+    assert dist.get_world_size() == 2
 
 
 @pytest.mark.parametrize("specs", [["layer-scale:init=0.5", "deepnorm+sigma:gamma_init=one", "weight-norm"]])

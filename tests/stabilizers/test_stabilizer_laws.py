@@ -25,12 +25,14 @@ class TestSigmaOne(StabilizerCase):
 
 class TestInitScale(StabilizerCase):
     spec = "init-scale"
+    models = ("vit", "gpt2", "encoder")
     adds_keys = False
     is_seen = False  # it changes values alone
 
 
 class TestSpectralNorm(StabilizerCase):
     spec = "spectral-norm"
+    models = ("vit", "gpt2", "encoder")  # the machinery is that of sigma
     test_compiled_equals_eager = None  # tests/reparam/test_compile.py
     folds = True
     takes_plain = True

@@ -72,7 +72,7 @@ options_of_sigma = st.fixed_dictionaries(
 @given(options_of_sigma, st.floats(1e-30, 1e30), st.none() | st.integers(1, 10**9))
 def test_words_written_are_read_back(options: dict[str, Any], norm: float, steps: int | None) -> None:
     stabilizers = (Sigma(**options), Clip(norm=norm), Warmup(steps=steps))
-    assert parse(spec_of(stabilizers)) == tuple(sorted(stabilizers, key=lambda each: each.order))
+    assert parse(spec_of(stabilizers)) == tuple(sorted(stabilizers, key=lambda each: (each.order, each.name)))
 
 
 def test_each_name_is_a_class_with_a_docstring_that_says_what_when_not_and_its_options() -> None:
@@ -93,6 +93,8 @@ def test_what_can_be_registered() -> None:
     class Fine(Stabilizer):
         """Nothing."""
 
+    with pytest.raises(RecipeError, match="Fine has no name"):
+        parse(Fine())
     with pytest.raises(ValueError, match="taken"):
         register("sigma")(Fine)
     with pytest.raises(ValueError, match="lower-case"):

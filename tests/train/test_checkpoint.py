@@ -343,6 +343,19 @@ def test_something_that_no_file_can_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.eye(2).to_sparse(), torch.zeros(2, device="meta"), torch.zeros(2, dtype=torch.complex128)],
+    ids=["sparse", "meta", "complex128"],
+)
+def test_a_tensor_that_no_file_can_hold(tmp_path: Path, tensor: Tensor) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", tensor)
+    with pytest.raises(CheckpointError, match="mask cannot be saved: expected a dense tensor"):
+        save_checkpoint(tmp_path, TrainState(model, []), keep=1, best=False)
+    assert not list(tmp_path.iterdir())
+
+
 # Full disks
 
 
@@ -478,7 +491,9 @@ def test_plain_weights_without_direction_leave_the_converted_model_as_it_was(tmp
     save_checkpoint(tmp_path, TrainState(model, []), keep=1, best=False)
     other = converted(1)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit this model: .*4\.weight comes from a plain checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not fit this model: .*4\.weight comes from a plain checkpoint"
+    ):
         load_weights(newest_checkpoint(tmp_path), other)
     assert_same(dict(other.state_dict()), before)
 

@@ -21,7 +21,7 @@ from trimtab.errors import RecipeError, RunFolderError
 from trimtab.stabilizers import Stabilizer, register
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
-from trimtab.train.compare import Failure, compare, finished
+from trimtab.train.compare import Failure, _look, compare, finished
 from trimtab.train.grid import RunPlace, plan
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
@@ -45,16 +45,18 @@ class Line(Recipe):
     """Fits a line; misbehaves at some learning rates if it is told to.
 
     Attributes:
-        trace: folder in which every run notes the indices of its batches.
+        trace: folder in which every run notes the indices of its batches, and waits while there is a file "hold".
         raises_at: learning rate at which the loss raises.
         killed_at: learning rate at which the process is killed in the fifth step, if the trace has no file "spared".
         pause: seconds in each batch.
+        ballast: bytes held in memory.
     """
 
     trace: str = ""
     raises_at: float = 0.0
     killed_at: float = 0.0
     pause: float = 0.0
+    ballast: int = 0
     steps: int = 8
     batch_size: int = 4
     watch: bool = False
@@ -75,13 +77,18 @@ class Line(Recipe):
             if self.trace and len(indices) == self.batch_size:
                 with note.open("a") as file:
                     file.write(f"{indices.tolist()}\n")
+                while (Path(self.trace) / "hold").exists():
+                    time.sleep(0.01)
             if self.lr == self.killed_at and batches == 5 and not (Path(self.trace) / "spared").exists():
                 os.kill(os.getpid(), signal.SIGKILL)
             return x[indices], y[indices]
 
+        ballast = bytearray(self.ballast)
+
         def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             if self.lr == self.raises_at and not (Path(self.trace) / "spared").exists():
                 raise ZeroDivisionError("the loss is broken")
+            assert len(ballast) == self.ballast
             return F.mse_loss(model(batch[0]), batch[1])
 
         def score(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -162,6 +169,8 @@ def test_only_runs_that_fail_are_lost_and_only_they_run_again(tmp_path: Path) ->
         if place.name in kept:
             assert stamp(place.folder) == kept[place.name]
             assert len(heard[place.name]) == 1
+    last = _look((more[0], (), CPU, {}))
+    assert (last.step, last.steps, last.lr, last.loss) == (8, 8, 0.1, log(more[0].folder)[-1]["loss"])
     continued = [place for place in more if place.recipe.lr == 0.25 and place.recipe.seed == 0]
     for place in continued:  # from the checkpoint of the last even step before the kill
         steps = [news.step for news in heard[place.name] if isinstance(news, Progress)]
@@ -212,6 +221,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
     assert not folder.exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
+def test_the_peak_memory_of_a_run_is_its_own(tmp_path: Path) -> None:
+    heard: dict[str, Any] = {}
+    size = 300_000_000
+    arms = {"heavy": Line(steps=2, ballast=size), "light": Line(steps=2)}
+    compare(arms, [0.1], [0], tmp_path / "c", jobs=1, hardware=CPU, on_news=lambda *news: heard.update([news]))
+    heavy, light = (heard[f"{arm} lr0.1 seed0"].peak_memory_bytes for arm in arms)
+    assert heavy - light > 0.9 * size
+
+
 SCRIPT = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("lines", {path!r})
@@ -239,6 +258,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def none_left(session: int) -> bool:
+    """Whether all processes of a session end, within a while."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if not any(session_of(int(entry.name)) == session for entry in Path("/proc").glob("[0-9]*")):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_grid_stopped_at_any_moment_goes_on_to_the_same_end(
     tmp_path: Path, whole: Path, number: signal.Signals
@@ -253,6 +289,7 @@ def test_a_grid_stopped_at_any_moment_goes_on_to_the_same_end(
     time.sleep(random.Random(0).uniform(0.0, 0.3))
     process.send_signal(number)
     assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert none_left(process.pid)
     done = {path.parent: stamp(path.parent) for path in folder.glob("runs/*/*/result.json")}
     assert done
     places = small_grid(folder)

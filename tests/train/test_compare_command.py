@@ -120,19 +120,18 @@ def test_a_diverged_run_is_a_result_and_a_failed_one_is_not(
     ]
 
 
-def test_runs_that_were_there_are_not_told_again(workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
-    def only_results(arms: Any, lrs: Any, seeds: Any, folder: Path, on_news: Any, **_: Any) -> None:
-        first, *rest = plan(arms, lrs, seeds, folder)
-        on_news(first.name, result(first.folder))  # was done before: nothing goes on before its end
-        workers(arms, lrs, seeds, folder, lambda name, news: name != first.name and on_news(name, news))
-        assert rest
+def test_runs_that_were_there_are_not_told_again(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def done_before(place: RunPlace) -> bool:
+        return place.recipe.seed == 0
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trimtab.train.compare_command.compare", only_results)
-        assert main(["compare", "vit-digits", *GRID, "--no-report"]) == 0
+    monkeypatch.setattr("trimtab.train.compare_command.finished", done_before)
+    assert main(["compare", "vit-digits", *GRID, "--no-report"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 12
-    assert lines[1].startswith("2/12  sigma+clip lr0.001 seed0: ")
+    assert lines[1] == "6 of them were done before"
+    assert len(lines) == 8
+    assert lines[2].startswith("7/12  none lr0.001 seed1: ")
 
 
 def test_ctrl_c_says_how_to_go_on(workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +173,7 @@ def test_the_runs_are_worth_more_than_their_page(
         ("--stabilizers none --lrs 1e-3 --seed=3", "--seed is what a compare varies: use --seeds"),
         ("--stabilizers none --lrs 1e-3 --stabilizer none", "use --stabilizers"),
         ("--stabilizers none --lrs 1e-3 --stepps 3", "unknown field --stepps. Did you mean --steps?"),
+        ("--stabilizers none --lrs 1e-3 --jobs 0", "--jobs must be at least 1, got 0"),
         ("--stabilizers none --lrs 1e-3 --jobs two", "--jobs must be a whole number or None; got 'two'"),
     ],
 )
@@ -196,4 +196,7 @@ def test_help_tells_the_options_and_the_fields(capsys: pytest.CaptureFixture[str
     for part in ("--stabilizers STR", "--lrs STR", "--no-report", "--steps INT", "--model.depth INT"):
         assert part in out, part
     assert main(["compare"]) == 0
-    assert "trimtab compare vit-digits --stabilizers none,sigma,qk-norm --lrs 1e-3:1e-1:5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "trimtab compare vit-digits --stabilizers none,sigma+qk-norm --lrs 1e-3:1e-1:5" in out
+    assert "spectral-norm," in out
+    assert max(map(len, out.splitlines())) <= 80

@@ -135,14 +135,14 @@ def test_a_damaged_result_is_told_of(tmp_path: Path) -> None:
         pass
 
 
-def test_other_versions_and_processes_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    begun(tmp_path, torch="1.0", threads=999)
-    with open_folder(tmp_path, RUN | {"processes": 2, "device": "cuda:0"}):
+def test_other_versions_and_devices_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun(tmp_path, torch="1.0", threads=999, device="cpu")
+    with open_folder(tmp_path, RUN | {"device": "cuda:0", "arm": "sigma"}):
         pass
     (record,) = caplog.records
     assert "torch 1.0 then, " in record.message
     assert "threads 999 then, " in record.message
-    assert "processes 1 then, 2 now" in record.message
+    assert "device cpu then, cuda:0 now" in record.message
     assert "not the same bit for bit" in record.message
 
 

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from trimtab.errors import RunFolderError
 from trimtab.train import ray_cluster
 from trimtab.train.compare import Failure, compare
 from trimtab.train.hardware import Hardware
-from trimtab.train.progress import Progress, Result
+from trimtab.train.progress import Result
 
 pytestmark = [
     pytest.mark.slow,
@@ -73,7 +75,8 @@ def test_a_grid_on_two_nodes_gives_the_numbers_of_one_machine(tmp_path: Path, cl
 
 
 def test_a_node_that_dies_loses_its_run_only(tmp_path: Path, cluster: Cluster, lines: Any) -> None:
-    arms = {"a": lines.Line(pause=0.3)}
+    (tmp_path / "hold").touch()
+    arms = {"a": lines.Line(trace=str(tmp_path))}
     grid = ([0.1, 0.2, 0.4], [0])
     node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
@@ -81,10 +84,17 @@ def test_a_node_that_dies_loses_its_run_only(tmp_path: Path, cluster: Cluster, l
 
     def hear(name: str, news: Any) -> None:
         heard[name] = news
-        if node in cluster.worker_nodes and sum(isinstance(each, Progress) for each in heard.values()) == 3:
-            cluster.remove_node(node, allow_graceful=False)
 
+    def kill_a_node_at_work() -> None:
+        while len(list(tmp_path.glob("none *"))) < 3:
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+        (tmp_path / "hold").unlink()
+
+    killer = threading.Thread(target=kill_a_node_at_work, daemon=True)
+    killer.start()
     places = compare(arms, *grid, tmp_path / "c", ray_address=cluster.address, on_news=hear, hardware=CPU)
+    killer.join(60)
     dead = [place for place in places if isinstance(heard[place.name], Failure)]
     assert len(dead) == 1
     assert heard[dead[0].name].kind == "WorkerDied"
@@ -94,7 +104,13 @@ def test_a_node_that_dies_loses_its_run_only(tmp_path: Path, cluster: Cluster, l
     assert not (dead[0].folder / "error.json").exists()
 
 
-def test_a_folder_that_nodes_do_not_share_and_a_cluster_that_is_not_there(
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_is_not_there(tmp_path: Path, lines: Any, address: str) -> None:
+    with pytest.raises(RunFolderError, match=f"there is no Ray cluster at '{address}'"):
+        compare({"a": lines.Line()}, [0.1], [0], tmp_path / "c", ray_address=address, hardware=CPU)
+
+
+def test_a_folder_that_nodes_do_not_share(
     tmp_path: Path, cluster: Cluster, lines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(address: str) -> None:

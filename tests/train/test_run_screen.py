@@ -17,6 +17,7 @@ from rich.console import Console
 
 from trimtab.train.progress import Progress
 from trimtab.train.screen import RunScreen, figures
+from trimtab.train.screen import console as terminal
 from trimtab.train.signals import Interruption
 
 ALARMS = tuple(f"step {i}: entropy collapse: head {i}. " + "What to do next. " * 10 for i in range(1, 6))
@@ -149,6 +150,24 @@ def test_warnings_stand_above_the_table() -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written(shown))
     for part in ("a line on stderr", "a damaged file"):
         assert 0 <= text.index(part) < text.rindex("samples/s"), part
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_pipe_is_never_drawn_on(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    with RunScreen(Path("runs/x"), terminal()) as screen:
+        screen.show(progress(20))
+    assert capsys.readouterr().out == "step 20/200  loss 0.0500  lr 0.001  lowest entropy 0.050  3,000 samples/s\n"
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    shown = console()
+    with RunScreen(Path("runs/x"), shown) as screen:
+        screen.show(progress(20))
+    assert written(shown).startswith("step 20/200  loss")
 
 
 @pytest.mark.parametrize(

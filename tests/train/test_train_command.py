@@ -183,10 +183,14 @@ def test_a_run_that_was_interrupted_says_the_command_that_goes_on(
     engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.result = replace(RESULT, status="interrupted", steps=1234)
+    (tmp_path / "a b/checkpoints/step-00001234").mkdir(parents=True)
     assert main(["train", "vit-digits", "--folder", "a b"]) == 130
     assert capsys.readouterr().out == (
         "stopped; saved at step 1,234. The same command goes on: trimtab train vit-digits --folder 'a b'\n"
     )
+    engine.result = replace(RESULT, status="interrupted", steps=1250)  # and the disk was full
+    assert main(["train", "vit-digits", "--folder", "a b"]) == 130
+    assert capsys.readouterr().out.startswith("stopped at step 1,250; saved at step 1,234. The same command goes on: ")
     earlier_run(tmp_path / "old")
     assert main(["train", "--from", "old"]) == 130
     # the same words alone would begin another new folder
@@ -213,7 +217,7 @@ def test_a_finished_run_is_said_to_be_so(engine: Engine, tmp_path: Path, capsys:
 
 
 def test_from_a_run_json_repeats_that_run_in_a_new_folder(
-    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = earlier_run(tmp_path / "runs/old")
     again = replace(find_recipe("vit-digits"), lr=0.01)
@@ -225,6 +229,9 @@ def test_from_a_run_json_repeats_that_run_in_a_new_folder(
     assert engine.calls[-1][:2] == (replace(again, seed=4), tmp_path / "runs/old-again2")
     assert main(["train", "--from", "runs/old", "--folder", "runs/old"]) == 0
     assert engine.calls[-1][1] == Path("runs/old")  # the old one only when it is named
+    monkeypatch.chdir(tmp_path / "runs/old")
+    assert main(["train", "--from", "run.json"]) == 0
+    assert engine.calls[-1][1] == tmp_path / "runs/old-again2"
     assert capsys.readouterr().err == ""
 
 
@@ -264,6 +271,7 @@ def test_only_the_first_of_several_processes_shows_anything(
         ("train vit-digits --strategy dpp", "--strategy must be one of auto, ddp, fsdp; got 'dpp'"),
         ("train --from nowhere", "there is no nowhere; --from takes the run.json of a run, or its folder"),
         ("train --from", "--from takes the run.json of a run"),
+        ("train vit-digits --from x", "--from stands in the place of the recipe's name: leave vit-digits out"),
         ("train mine.py:Mine", "mine.py cannot be read"),
         ("recipes vit-digits", "trimtab recipes takes nothing more, got 'vit-digits'"),
     ],

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from trimtab.train.parcels import pack, unpack
-from trimtab.train.workers import run_all
+from trimtab.train.workers import run_all, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,14 @@ def test_a_class_of_a_file_travels_with_its_file(tmp_path: Path, monkeypatch: py
     assert unpack(pack((1, "a"))) == (1, "a")
 
 
+def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-a7, 9")  # the third does not answer
+    assert visible_gpus() == ["4", "GPU-a7"]
+
+
 STOPPABLE = """
     import os, signal, sys, time
     from pathlib import Path
@@ -157,7 +165,11 @@ def all_gone(pids: list[int]) -> bool:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_no_worker_is_left_and_their_last_words_are_heard(tmp_path: Path, number: signal.Signals) -> None:
     process, workers = start_stoppable(tmp_path)
@@ -174,6 +186,7 @@ def test_no_worker_is_left_and_their_last_words_are_heard(tmp_path: Path, number
         assert sorted(out.splitlines()) == ["a saved a", "b saved b", "interrupted"]
 
 
+@pytest.mark.slow
 def test_workers_that_never_start_are_an_error(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(

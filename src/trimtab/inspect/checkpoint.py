@@ -23,7 +23,7 @@ def open_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
 
     Args:
         path: a safetensors file, a file of `torch.save`, the index of shards of either, or a folder with one of these;
-            a `torch.distributed.checkpoint` folder; a run folder of Trimtab's.
+            a `torch.distributed.checkpoint` folder; a run folder of Trimtab's, for its newest checkpoint.
         key: where the model's state dict is, for files that hold more. In a format of flat names, their beginning.
 
     Raises:
@@ -55,6 +55,9 @@ def _resolve(path: Path) -> Path:
     for name in (*_INDEXES, *_SINGLE):
         if (path / name).is_file():
             return path / name
+    saved = {_step(model): model for model in path.glob("checkpoints/step-*/model.safetensors")}
+    if max(saved, default=-1) >= 0:
+        return saved[max(saved)]
     found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES or file.name.endswith(".index.json"))
     indexes = [file for file in found if file.name.endswith(".index.json")]
     if len(found) == 1 or len(indexes) == 1:
@@ -62,6 +65,12 @@ def _resolve(path: Path) -> Path:
     if not found:
         raise CheckpointError(f"the folder {path} holds no checkpoint: expected {_KNOWN}")
     raise CheckpointError(f"the folder {path} holds several checkpoints: name one, for instance {found[0]}")
+
+
+def _step(model: Path) -> int:
+    """The step of a run's checkpoint by its folder; -1 of one that was never finished."""
+    number = model.parent.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
 
 
 def _kind(path: Path) -> str:

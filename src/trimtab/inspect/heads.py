@@ -22,7 +22,8 @@ def find_heads(num_heads: int | None, num_kv_heads: int | None, path: Path, fact
         facts: what was saved with the tensors.
     """
     folder = path if path.is_dir() else path.parent
-    files = (folder / "config.json", folder / "run.json", folder.parent / "run.json")
+    # A run folder's checkpoints lie two folders below its run.json.
+    files = (folder / "config.json", *(above / "run.json" for above in (folder, *folder.parents[:2])))
     told = next((found for found in (_told(facts), *map(_told_in, files)) if found), None)
     model_type = told.model_type if told else ""
     if num_heads:

@@ -89,7 +89,9 @@ def _write(options: ReportOptions, out: Path, collection: "Collection") -> None:
     from trimtab.report.run_page import summary_line, write_run_page
 
     if len(collection.runs) == 1:
-        print(f"{collection.runs[0].folder}: {summary_line(write_run_page(collection.runs[0].folder, out))}")
+        run = collection.runs[0]
+        write_run_page(run, out)
+        print(f"{run.folder}: {summary_line(run)}")
         groups = tuple((group, tuple(measure_all(group, options.tolerance))) for group in comparisons(collection))
     else:
         written = write_collection(collection, out, options.tolerance)

@@ -18,8 +18,8 @@ function logTicks(data) {
   const known = data.flatMap(trace => trace.y).filter(value => value > 0);
   if (!known.length) return {};
   const log = known.map(Math.log10), low = Math.min(...log), high = Math.max(...log), tickvals = [];
-  for (let e = Math.floor(low) - 1; e <= Math.ceil(high) + 1; e++)
-    for (const m of high - low < 3 ? [1, 2, 5] : [1]) tickvals.push(m * 10 ** e);
+  for (let e = Math.floor(low); e <= Math.ceil(high); e++)
+    for (const m of high - low < 2.5 ? [1, 2, 5] : [1]) tickvals.push(m * 10 ** e);
   return {range: [low - 0.1, high + 0.1], tickvals, ticktext: tickvals.map(tick => `${+tick.toPrecision(1)}`)};
 }
 

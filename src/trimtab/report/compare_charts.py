@@ -111,7 +111,8 @@ def entropy_over_steps(comparison: Comparison) -> list[Panel]:
         if not any(np.isfinite(row).any() for row in rows):
             continue
         y = axis("learning rate", ticks="", type="category")
-        figure = chart(axis("optimiser step", nticks=6), y, height=80 + 22 * len(rates))
+        x = axis("optimiser step", nticks=6, range=[0, float(grid[-1])])
+        figure = chart(x, y, height=80 + 22 * len(rates))
         figure.add_heatmap(
             x=np.round(grid),
             y=[f"{lr:g}" for lr in rates],

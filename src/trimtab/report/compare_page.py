@@ -97,7 +97,7 @@ def compare_page(
     tables = [table for table in (failures, unreadable_table(collection.unreadable)) if table.rows]
     metric = next((group.metric for group, _ in groups if group.metric), "")
     return page(
-        title=title or _title(first),
+        title=title or _title([group for group, _ in groups]),
         intro=[*_warnings(collection, groups), *(words.headline(first, measured) if len(groups) == 1 else [])],
         figures=blocks,
         tables=tables,
@@ -163,10 +163,12 @@ def _warnings(collection: Collection, groups: Sequence[tuple[Comparison, Sequenc
     return lines
 
 
-def _title(group: Comparison) -> str:
-    names = {str(name) for run in group.runs if (name := run.info.get("recipe_name"))}
-    of = f" of {words.join(sorted(names))}" if names else ""
-    return f"{words.count(len(group.runs), 'run')}{of}, side by side" if len(group.arms) > 1 else f"The runs{of}"
+def _title(groups: Sequence[Comparison]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    names = {str(name) for run in runs if (name := run.info.get("recipe_name"))}
+    of = f" of {words.join(sorted(names))}" if 0 < len(names) <= 3 else ""
+    apart = f" in {len(groups)} comparisons" if len(groups) > 1 else ", side by side"
+    return f"{words.count(len(runs), 'run')}{of}{apart}"
 
 
 def _facts(groups: Sequence[tuple[Comparison, Sequence[Measured]]]) -> dict[str, str]:

@@ -99,7 +99,7 @@ def runs_table(groups: Sequence[tuple[Comparison, Sequence[Measured]]]) -> Table
 def failures_table(runs: Sequence[RunSummary]) -> Table:
     """The runs that failed or have no result, and those with damaged parts."""
     rows = [
-        [run.arm, f"{run.lr:g}", str(run.seed), "; ".join([ending(run), *run.notes]), str(run.folder)]
+        [run.arm, number(run.lr, "g"), str(run.seed), "; ".join([ending(run), *run.notes]), str(run.folder)]
         for run in runs
         if run.failed or not run.ended or run.notes
     ]

@@ -24,15 +24,13 @@ def headline(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
         return [*lines, "Nothing is measured yet; what there is, is drawn below."]
     tuned = by_name.get(BEST_METRIC.name, by_name["best_loss"])
     lrs = {arm: best_lr(comparison, arm, tuned.measure) for arm in comparison.grids}
-    lines.append(f"Each at its own best learning rate: {_ahead(tuned, {arm: f'at {lr:g}' for arm, lr in lrs.items()})}")
+    title = tuned.measure.title[:1].upper() + tuned.measure.title[1:]
+    ahead = _ahead(tuned, {arm: f"at {lr:g}" for arm, lr in lrs.items()})
+    lines.append(f"{title}, each at its own best learning rate: {ahead}")
     if len(comparison.lrs) > 1:
-        lines.append(f"Over the whole range of learning rates, LR sensitivity: {_ahead(by_name[LR_SENSITIVITY.name])}")
+        lines.append(f"LR sensitivity, over all learning rates: {_ahead(by_name[LR_SENSITIVITY.name])}")
     lines.append(_failures(comparison, by_name[SHARE_FAILED.name]))
-    costs = {arm: cost for arm, cost in by_name[STEP_RATIO.name].values.items() if math.isfinite(cost)}
-    first = next(iter(comparison.grids))
-    if len(costs) > 1:
-        listed = join([f"{cost:.2f} × with {arm}" for arm, cost in costs.items() if arm != first])
-        lines.append(f"A step takes {listed}, over one with {first}.")
+    lines += _cost(by_name[STEP_RATIO.name])
     if len(comparison.grids) > 1 and len(comparison.seeds) < MIN_SEEDS:
         lines.append(
             f"With {count(len(comparison.seeds), 'seed')} no difference can be told from chance; run at least "
@@ -71,7 +69,7 @@ def reading(tolerance: float, num_seeds: int) -> list[str]:
         "A run fails when its loss leaves the finite numbers, when it raises an error, or when it ends no better than "
         "it began; it counts with the loss at init, as in the definition of LR sensitivity.",
         f"Behind each number stands a 95 % interval from resampling the {count(num_seeds, 'seed')}, all learning rates "
-        "of a seed together and the same draw for all arms. With few seeds such intervals are somewhat too narrow. "
+        "of a seed together and the same draw for all arms. With few seeds such intervals are too narrow. "
         "Whether the seeds can tell two arms apart is decided by a paired test, corrected for the number of pairs "
         "(Holm). Bold is an arm that the seeds tell from every other one; grey are arms that they tell to be worse "
         "than the best. No bold number in a column means that no winner can be named, however the numbers look.",
@@ -141,5 +139,20 @@ def _failures(comparison: Comparison, failed: Measured) -> str:
     if not some:
         return "No run failed."
     if len(some) > 4:
-        return f"{sum(each[True] for each in counts.values())} runs failed, of {len(some)} arms."
+        worst = max(counts, key=lambda arm: counts[arm][True])
+        total, most = sum(each[True] for each in counts.values()), counts[worst]
+        return f"{total} runs failed, with {len(some)} of the arms; most with {worst}, {most[True]} of {most.total()}."
     return f"Runs that failed: {join(some)}."
+
+
+def _cost(measured: Measured) -> list[str]:
+    """What a step costs over one of the first arm."""
+    first, *others = measured.values
+    costs = sorted((measured.values[arm], arm) for arm in others if math.isfinite(measured.values[arm]))
+    if not costs:
+        return []
+    if len(costs) > 4:
+        listed = f"from {costs[0][0]:.2f} × with {costs[0][1]} to {costs[-1][0]:.2f} × with {costs[-1][1]}"
+    else:
+        listed = join([f"{cost:.2f} × with {arm}" for cost, arm in costs])
+    return [f"A step takes {listed}, over one with {first}."]

@@ -25,8 +25,8 @@ class Grid:
         entropy_min: the lowest entropy of the run, 0 to 1.
         max_logit: the largest logit of the run.
         spikes: how often the loss jumped up.
-        step_seconds: the median time of a step.
-        peak_memory: bytes.
+        step_seconds: the median time of a step; for a run that does not know it, the median of the arm's others.
+        peak_memory: bytes; likewise.
     """
 
     loss: Floats
@@ -159,9 +159,15 @@ def _grid(comparison: Comparison, table: Sequence[Sequence[RunSummary]]) -> Grid
         entropy_min=each(lambda run: run.entropy_min),
         max_logit=each(lambda run: run.max_logit),
         spikes=each(lambda run: run.spikes),
-        step_seconds=each(lambda run: run.step_seconds),
-        peak_memory=each(lambda run: run.peak_memory),
+        step_seconds=_filled(each(lambda run: run.step_seconds)),
+        peak_memory=_filled(each(lambda run: run.peak_memory)),
     )
+
+
+def _filled(values: Floats) -> Floats:
+    """Unknown values replaced by the median of the known ones; all NaN stay so."""
+    known = values[np.isfinite(values)]
+    return np.where(np.isfinite(values), values, np.median(known)) if len(known) else values
 
 
 def _start(runs: Sequence[RunSummary]) -> tuple[float, float]:

@@ -20,6 +20,8 @@ def decimate(steps: Floats, values: Floats, points: int = 200) -> tuple[Floats, 
     steps, values = steps[known], values[known]
     if len(values) <= points + 2:
         return steps, values
+    if values.min() == values.max():  # a constant learning rate
+        return steps[[0, -1]], values[[0, -1]]
     width = -(-len(values) // (points // 2))  # of a stretch
     padded = np.full(-(-len(values) // width) * width, values[-1])
     padded[: len(values)] = values

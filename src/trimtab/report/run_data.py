@@ -46,7 +46,7 @@ def _entry(run: RunSummary, looks: Mapping[str, Look], metric: str) -> str:
         alarms.append([alarm.get("step"), alarm.get("kind", ""), *told])
     facts = [["folder", str(run.folder)], *([["note", "; ".join(run.notes)]] if run.notes else [])]
     rest = {
-        "name": f"{run.arm}, LR {run.lr:g}, seed {run.seed}",
+        "name": f"{run.arm}{f', LR {run.lr:g}' if run.lr > 0 else ''}, seed {run.seed}",
         "end": f"This run {ending(run)}." if run.ended else f"This run has {ending(run)}.",
         "color": looks[run.arm].color,
         "steps": max((int(x[-1]) for x, _ in curves.values()), default=run.steps),

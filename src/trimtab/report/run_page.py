@@ -12,7 +12,7 @@ from trimtab.report.compare_words import count, join, number
 from trimtab.report.page import FAINT, Block, Figure, Panel, Prose, Table, axis, chart, log_axis, page
 from trimtab.report.run_data import ending
 from trimtab.report.runlog import Run, read_run
-from trimtab.report.summary import RunSummary, read_summary
+from trimtab.report.summary import RunSummary
 
 _RAMP = plotly.colors.sequential.Cividis  # ordered in lightness, the same to every eye
 _COLOR, _ALARM = "#0072B2", "#D55E00"
@@ -20,23 +20,17 @@ _COLUMNS = 300  # steps of a heat map
 _WORST = 8  # heads in the table
 
 
-def write_run_page(folder: str | Path, out: str | Path) -> RunSummary:
-    """Read one run folder and write its page.
+def write_run_page(summary: RunSummary, out: str | Path) -> None:
+    """Write the page of one run, also of one that is still going on or was made by a loop of one's own.
 
     Args:
-        folder: of a run, also one that is still going on or was made by a loop of one's own.
+        summary: the run, as `collect` reads it.
         out: the HTML file to write, replacing an older one.
 
-    Returns:
-        The run.
-
     Raises:
-        RunFolderError: the folder cannot be read.
         OSError: the page cannot be written.
     """
-    summary = read_summary(Path(folder))
-    Path(out).write_text(run_page(summary, _run(Path(folder))), encoding="utf-8")
-    return summary
+    Path(out).write_text(run_page(summary, _run(summary.folder)), encoding="utf-8")
 
 
 def run_page(summary: RunSummary, run: Run | None) -> str:
@@ -46,7 +40,8 @@ def run_page(summary: RunSummary, run: Run | None) -> str:
         summary: the run in short.
         run: all of it; None for one that raised before its first line.
     """
-    blocks: list[Block] = [Figure("Over the steps", _curves(summary), _curves_sentence(summary))]
+    curves = _curves(summary)
+    blocks: list[Block] = [Figure("Over the steps", curves, _curves_sentence(summary))] if curves else []
     if run is not None and run.heads and np.isfinite(run.entropy_normalized).any():
         blocks.append(_heads(run))
         blocks.append(_worst(run))
@@ -142,7 +137,8 @@ def _heads(run: Run) -> Figure:
     middle = {module: start + (modules.count(module) - 1) / 2 for module, start in first.items()}
     ticks = {"tickvals": list(middle.values()), "ticktext": list(middle)} if len(middle) <= 32 else {}
     y = axis("", autorange="reversed", ticks="", **ticks)
-    figure = chart(axis("optimiser step", nticks=8), y, height=min(900, max(220, 90 + 12 * len(labels))))
+    x = axis("optimiser step", nticks=8, range=[0, float(run.steps[-1])])
+    figure = chart(x, y, height=min(900, max(220, 90 + 12 * len(labels))))
     figure.add_heatmap(
         x=run.steps[starts],
         z=[[round(float(v), 3) if math.isfinite(v) else None for v in row] for row in lowest.T],

@@ -157,9 +157,17 @@ def read_summary(folder: Path, planned: Mapping[str, Any] | None = None) -> RunS
         steps=int(_or(number(result.get("steps")), float(steps[-1]) if len(steps) else 0.0)),
         step_seconds=number(result.get("step_seconds")),
         peak_memory=number(result.get("peak_memory_bytes")),
-        curves={name: decimate(steps, values) for name, values in columns.items()},
+        curves={name: _from_start(decimate(steps, values), first.get(name)) for name, values in columns.items()},
         notes=tuple(notes),
     )
+
+
+def _from_start(curve: Curve, initial: float | None) -> Curve:
+    """The curve of a metric, begun at step 0 with its value before training."""
+    steps, values = curve
+    if initial is None or not math.isfinite(initial) or (len(steps) and steps[0] <= 0):
+        return curve
+    return np.insert(steps, 0, 0.0), np.insert(values, 0, initial)
 
 
 def count_spikes(losses: Floats) -> int:

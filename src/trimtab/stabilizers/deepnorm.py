@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.stabilizers.parts import attentions, is_projection, is_within
+from trimtab.stabilizers.parts import attention_of, is_projection
 from trimtab.stabilizers.registry import register
 from trimtab.stabilizers.residual import (
     Branch,
@@ -51,9 +51,7 @@ class DeepNorm(Stabilizer):
         constants = {
             block: alpha_beta(len(plain), len(crossed), cross=block in crossed) for block in (*plain, *crossed)
         }
-        shrunk: list[tuple[Rows, float]] = []
-        for block, (_, beta) in constants.items():
-            shrunk += [(rows, beta) for rows in _rows_with_beta(model, block, branches)]
+        shrunk = [(rows, constants[block][1]) for block, rows in _rows_with_beta(model, branches)]
         for rows, _ in shrunk:
             expect_scalable(rows)
         for branch, norm in zip(branches, norms, strict=True):
@@ -114,14 +112,16 @@ def following_norm(model: nn.Module, branch: Branch) -> nn.LayerNorm:
     return norm
 
 
-def _rows_with_beta(model: nn.Module, block: str, branches: list[Branch]) -> list[Rows]:
-    """Return what starts beta times as large in a block: values, attention outputs and all of the MLP."""
-    inside, ends = tuple(attentions(model)), [last_linear(branch.layer) for branch in branches]
-    found: list[Rows] = []
-    for own, module in model.get_submodule(block).named_modules():
-        name = ".".join(part for part in (block, own) if part)
-        if is_projection(module) and (not is_within(name, inside) or any(module is end for end in ends)):
-            found.append(all_rows(module, name))
-        elif is_within(name, inside):
-            found += value_rows(model.get_submodule(name.rpartition(".")[0]), name, module)
+def _rows_with_beta(model: nn.Module, branches: list[Branch]) -> list[tuple[str, Rows]]:
+    """Return, by block, what starts beta times as large: values, attention outputs and all of the MLP."""
+    of_attention, ends = attention_of(model), {id(last_linear(branch.layer)) for branch in branches}
+    found: list[tuple[str, Rows]] = []
+    for block in dict.fromkeys(branch.block for branch in branches):
+        for own, module in model.get_submodule(block).named_modules():
+            name = ".".join(part for part in (block, own) if part)
+            if is_projection(module) and (not of_attention(name) or id(module) in ends):
+                found.append((block, all_rows(module, name)))
+            elif of_attention(name):
+                holder = model.get_submodule(name.rpartition(".")[0])
+                found += [(block, rows) for rows in value_rows(holder, name, module)]
     return found

@@ -7,7 +7,7 @@ from torch import nn
 from trimtab.errors import ConversionError
 from trimtab.stabilizers.apply import applied, forget_applied_
 from trimtab.stabilizers.options import has_defaults
-from trimtab.stabilizers.registry import STABILIZERS
+from trimtab.stabilizers.registry import STABILIZERS, place_of
 from trimtab.stabilizers.stabilizer import Stabilizer
 from trimtab.stabilizers.undo import undone_on_error
 
@@ -36,7 +36,7 @@ def fold_(model: ModelT) -> ModelT:
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     known = applied(model)
     others = [cls() for name, cls in STABILIZERS.items() if has_defaults(cls) and name not in {k.name for k in known}]
-    folding = sorted((each for each in (*known, *others) if _folds(each)), key=lambda each: each.order)
+    folding = sorted((each for each in (*known, *others) if _folds(each)), key=place_of)
     before = _structure(model)
     with undone_on_error(model, values=sum(_folds(each) for each in known) > 1):
         for each in folding:

@@ -19,6 +19,10 @@ class MaxLogits(AttentionTap):
         """See a forward that has just begun, when this was not there yet."""
         self._enter(args, kwargs)
 
+    def renew(self) -> None:
+        """Find what has been compiled since."""
+        self._entries.renew()
+
     def take_maxima(self) -> dict[str, Tensor]:
         """Return the largest logits since the last time, each (H,), by the name of the module that called attention."""
         return {name: stats.max_logit for name, stats in self.take().items()}

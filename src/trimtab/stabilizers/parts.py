@@ -4,6 +4,7 @@ Told by the shape of the module tree and by the names of projections (`trimtab.r
 torch's, and those of Hugging Face and timm.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import nn
@@ -16,7 +17,12 @@ from trimtab.reparam.norms import is_norm
 Layers = Literal["all", "blocks", "attention", "mlp"]
 """Every layer; those of the Transformer's blocks, without embedding and head; or only the attention's or MLP's."""
 
-_PROJECTIONS = SEPARATE["query"] | {name.lower() for name in FUSED | KEY_VALUE} | {"query_key_value", "linear_qkv"}
+_QUERIES = SEPARATE["query"] | {name.lower() for name in FUSED | KEY_VALUE} | {"query_key_value", "linear_qkv"}
+# What the last layer of a residual branch is called.
+ATTENTION_ENDS = {"out", "out_proj", "o_proj", "o", "c_proj", "proj", "wo", "out_lin", "to_out", "dense"}
+MLP_ENDS = {"down", "down_proj", "c_proj", "fc2", "linear2", "lin2", "wo", "w2", "dense_4h_to_h", "output_dense"}
+MLP_ENDS |= {"ffn_output"}  # ALBERT
+_OF_ATTENTION = _QUERIES | SEPARATE["key"] | SEPARATE["value"] | ATTENTION_ENDS
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,6 +53,21 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: modules[name] for name in around if name is not None}
 
 
+def attention_of(model: nn.Module) -> Callable[[str], bool]:
+    """Return what says of a dotted name whether it belongs to an attention.
+
+    In a block that makes its queries itself, without a module for its attention, the names of the layers tell.
+    """
+    inside, around = attentions(model), blocks(model)
+    apart = tuple(name for name in inside if name not in around)
+
+    def belongs(name: str) -> bool:
+        holder, _, short = name.rpartition(".")
+        return is_within(name, apart) or (holder in inside and holder not in apart and short.lower() in _OF_ATTENTION)
+
+    return belongs
+
+
 def layers_filter(model: nn.Module, layers: Layers) -> FilterFn | None:
     """Return a filter by dotted name for the layers meant; None for all.
 
@@ -55,7 +76,7 @@ def layers_filter(model: nn.Module, layers: Layers) -> FilterFn | None:
     """
     if layers == "all":
         return None
-    around, inside = tuple(blocks(model)), tuple(attentions(model))
+    around, of_attention = tuple(blocks(model)), attention_of(model)
     if not around:
         raise ConversionError(
             f"layers={layers} finds no Transformer block: no list of this model holds modules with attention and "
@@ -63,7 +84,7 @@ def layers_filter(model: nn.Module, layers: Layers) -> FilterFn | None:
         )
 
     def is_meant(module: nn.Module, name: str) -> bool:
-        attention = is_within(name, inside)
+        attention = of_attention(name)
         if layers == "attention":
             return attention
         return is_within(name, around) and not (layers == "mlp" and attention)
@@ -90,7 +111,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 def _makes_queries(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or any(
-        child is not None and name.lower() in _PROJECTIONS and is_projection(getattr(child, "base_layer", child))
+        child is not None and name.lower() in _QUERIES and is_projection(getattr(child, "base_layer", child))
         for name, child in module._modules.items()
     )
 
@@ -106,6 +127,9 @@ def _is_block(modules: dict[str, nn.Module], name: str, attention: str) -> bool:
         return True
     if not name or not isinstance(modules[_parent(name)], nn.ModuleList | nn.Sequential | nn.ModuleDict):
         return False
+    if name == attention:  # it makes queries itself
+        own_names = {own.lower() for own, each in block.named_children() if is_projection(each)}
+        return bool(own_names & (MLP_ENDS - ATTENTION_ENDS))
     inside = attention[len(name) :].lstrip(".")  # T5's blocks are lists, too, whose entries hold one thing each
     return any(is_projection(each) and not is_within(own, (inside,)) for own, each in block.named_modules())
 

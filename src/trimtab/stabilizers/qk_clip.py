@@ -22,6 +22,8 @@ from trimtab.watch.coverage import ROOT
 
 # A layer may rest for some steps; after so many in a row, something is wrong.
 _PATIENCE = 5
+# The buffer of the model that counts the steps of each attention's weights, where not every one is followed by a clip.
+_STEPS = "qk_clip_steps"
 
 
 @register("qk-clip")
@@ -38,11 +40,12 @@ class QKClip(Stabilizer):
 
     When not to use it: with QK-norm, which makes the size of W_q and W_k irrelevant. With attention whose queries and
     keys never show (`Watch.coverage` lists it). Where logits have a large additive bias, that part is not scaled. The
-    logits are computed a second time to see them: with `every=n` only in every n-th step.
+    logits are computed a second time to see them, in a compiled model by one more forward: with `every=n` only in every
+    n-th step. In a loop of one's own that compiles the model, `see_compiled_` has the first step seen, too.
 
     Attributes:
         tau: the largest logit that is let be.
-        every: optimiser steps from one clip to the next.
+        every: optimiser steps from one clip to the next. Above 1, a buffer ``qk_clip_steps`` counts them.
     """
 
     order = 90
@@ -62,13 +65,28 @@ class QKClip(Stabilizer):
         Raises:
             ConversionError: no attention is found, its weights cannot be scaled head by head, or it has QK-norm.
         """
-        if any(isinstance(hook, Clipper) for hook in model._forward_pre_hooks.values()):
+        if _clipper_of(model) is not None:
             raise ConversionError("the model has qk-clip already")
-        for attention in attention_modules(model, "qk-clip"):
+        attentions = attention_modules(model, "qk-clip")
+        for attention in attentions:
             refuse_norms_of_heads(attention, "the size of W_q and W_k does not count there; leave qk-clip away")
             for rows in (attention.query, attention.key):
                 refuse_unscalable(rows, attention.name)
         model.register_forward_pre_hook(Clipper(model, self.tau, self.every), with_kwargs=True)
+        if self.every > 1:
+            device = next(model.parameters()).device
+            model.register_buffer(_STEPS, torch.zeros(len(attentions), dtype=torch.int64, device=device))
+            model.register_load_state_dict_post_hook(_count_as_loaded)
+
+
+def see_compiled_(model: nn.Module) -> None:
+    """Let QK-Clip, if a model has it, see the very first forward of the model that has just been compiled.
+
+    Without this call, only the second one is seen.
+    """
+    clipper = _clipper_of(model)
+    if clipper is not None:
+        clipper.look().renew()
 
 
 class Clipper:
@@ -84,16 +102,18 @@ class Clipper:
     def _start(self) -> None:
         self._tap: MaxLogits | None = None
         self._attentions: list[Projections] = []
-        self._steps: list[int] = []  # that each attention's weights have taken
+        self._steps: list[int] | None = None  # that each attention's weights have taken; None is: as the buffer says
         self._seen: dict[int, Tensor] = {}  # largest logits of an attention, (heads,), since its last clip
-        self._in_vain: list[int] = []  # how often each should have been clipped and was not seen
+        self._in_vain: list[int] = []  # how often in a row each should have been clipped and was not seen
+        self._forwards = 0  # that were trained on
+        self._stepped_at: list[int] = []  # how many there were at the last step of each attention
         _clippers.add(self)
         _have_steps_followed()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to look at a model, if that has not begun: a copy is not whole when it is made."""
         if not torch.compiler.is_compiling() and self._tap is None:
-            self._look().begin(args, kwargs)
+            self.look().begin(args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: the model is, by then, the copy's own."""
@@ -103,12 +123,28 @@ class Clipper:
         self.__dict__ |= state
         self._start()
 
-    def _look(self) -> MaxLogits:
+    def look(self) -> MaxLogits:
+        """Begin to look, if that has not begun; return the tap."""
         if self._tap is None:
-            self._tap = MaxLogits(self.model, lambda: any(step % self.every == 0 for step in self._steps))
+            self._tap = MaxLogits(self.model, self._wanted)
             self._attentions = attention_modules(self.model, "qk-clip")
-            self._steps, self._in_vain = ([0] * len(self._attentions) for _ in range(2))
+            self._in_vain, self._stepped_at = ([0] * len(self._attentions) for _ in range(2))
         return self._tap
+
+    def _wanted(self) -> bool:
+        self._forwards += 1
+        return any(step % self.every == 0 for step in self._counts())
+
+    def _counts(self) -> list[int]:
+        """The steps so far; read from the buffer once, since to read it is to wait for the device."""
+        if self._steps is None:
+            buffer = self.model.get_buffer(_STEPS) if self.every > 1 else None
+            self._steps = [0] * len(self._attentions) if buffer is None else buffer.tolist()
+        return self._steps
+
+    def count_as_loaded(self) -> None:
+        """Go on from the steps that a state dict has brought."""
+        self._steps = None
 
     def after_step(self, held: Set[int]) -> None:
         """Clip the weights that have just taken a step.
@@ -118,16 +154,21 @@ class Clipper:
         """
         if self not in self.model._forward_pre_hooks.values():  # it has been taken off
             return
-        tap = self._look()
+        tap, steps = self.look(), self._counts()
         stepped = [i for i, each in enumerate(self._attentions) if not held.isdisjoint(map(id, _weights(each)))]
-        due = [i for i in stepped if self._steps[i] % self.every == 0]
+        due = [i for i in stepped if steps[i] % self.every == 0]
         for i in stepped:
-            self._steps[i] += 1
+            if self._stepped_at[i] == self._forwards:  # an optimiser around the one that took this step already
+                continue
+            self._stepped_at[i] = self._forwards
+            steps[i] += 1
+            if self.every > 1:
+                self.model.get_buffer(_STEPS)[i] += 1
         if not due:
             return
         self._take_in(tap)
         largest = [self._seen.pop(i, None) for i in due]
-        self._warn_of_unseen(tap, [i for i, seen in zip(due, largest, strict=True) if seen is None])
+        self._warn_of_unseen(tap, due, {i for i, seen in zip(due, largest, strict=True) if seen is None})
         everywhere = _of_all_processes([self._attentions[i] for i in due], largest)
         for i, max_logits in zip(due, everywhere, strict=True):
             shrink_logits_(self._attentions[i], wanted_shrinking(max_logits, self.tau))
@@ -143,9 +184,9 @@ class Clipper:
             if i is not None and len(max_logits) == self._attentions[i].query.heads:
                 self._seen[i] = torch.fmax(self._seen[i], max_logits) if i in self._seen else max_logits
 
-    def _warn_of_unseen(self, tap: MaxLogits, unseen: list[int]) -> None:
-        for i in unseen:
-            self._in_vain[i] += 1
+    def _warn_of_unseen(self, tap: MaxLogits, due: list[int], unseen: set[int]) -> None:
+        for i in due:
+            self._in_vain[i] = self._in_vain[i] + 1 if i in unseen else 0
         names = [self._attentions[i].name for i in unseen if self._in_vain[i] == _PATIENCE]
         if names:
             reasons = tap.coverage().unseen
@@ -155,6 +196,16 @@ class Clipper:
                 "and clips nothing there: trimtab.Watch(model, ...).coverage() tells what can be seen",
                 stacklevel=2,
             )
+
+
+def _clipper_of(model: nn.Module) -> Clipper | None:
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Clipper)), None)
+
+
+def _count_as_loaded(model: nn.Module, incompatible_keys: Any) -> None:
+    clipper = _clipper_of(model)
+    if clipper is not None:
+        clipper.count_as_loaded()
 
 
 _clippers: weakref.WeakSet[Clipper] = weakref.WeakSet()

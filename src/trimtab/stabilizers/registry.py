@@ -65,9 +65,16 @@ def parse(spec: Spec) -> tuple[Stabilizer, ...]:
     for each in found:
         if not isinstance(each, Stabilizer) or not is_dataclass(each):
             raise RecipeError(f"expected the name of a stabilizer or a Stabilizer, got {each!r}")
+        if not each.name:
+            raise RecipeError(f'{type(each).__name__} has no name: put @register("its-name") above it')
         if each.name != "none" and sum(other.name == each.name for other in found) > 1:
             raise RecipeError(f"{each.name} is named twice in {spec!r}; give all its options at one place")
-    return tuple(sorted((each for each in found if each.name != "none"), key=lambda each: each.order))
+    return tuple(sorted((each for each in found if each.name != "none"), key=place_of))
+
+
+def place_of(stabilizer: Stabilizer) -> tuple[int, str]:
+    """Return what stabilizers are sorted by, whatever order they are named in."""
+    return stabilizer.order, stabilizer.name
 
 
 def spec_of(stabilizers: Sequence[Stabilizer]) -> str:

@@ -3,6 +3,7 @@
 The scale is a parameter or buffer ``residual_scale`` of the layer itself, applied by a forward hook.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,14 +13,19 @@ from trimtab.errors import ConversionError
 from trimtab.reparam.carried import is_sharded, memory_of
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import shared_with
-from trimtab.stabilizers.parts import attentions, blocks, is_projection, is_transposed, is_within
+from trimtab.stabilizers.parts import (
+    ATTENTION_ENDS,
+    MLP_ENDS,
+    attention_of,
+    attentions,
+    blocks,
+    is_projection,
+    is_transposed,
+    is_within,
+)
 
 _SCALE = "residual_scale"
-# What the last layer of a branch is called; BERT's family has a `dense` in an `output`.
-_ATTENTION_ENDS = {"out", "out_proj", "o_proj", "o", "c_proj", "proj", "wo", "out_lin", "dense"}
-_MLP_ENDS = {"down", "down_proj", "c_proj", "fc2", "linear2", "lin2", "wo", "w2", "dense_4h_to_h", "output_dense"}
-_MLP_ENDS |= {"ffn_output"}  # ALBERT
-_DENSE_IN = "output.dense"
+_DENSE_IN = "output.dense"  # the end of an MLP in BERT's family
 
 
 class Branch(NamedTuple):
@@ -50,11 +56,8 @@ def residual_branches(model: nn.Module) -> list[Branch]:
             "found no residual branches: no list of this model holds modules with attention (a layer called query, "
             "q_proj, qkv, c_attn ... or nn.MultiheadAttention) and linear layers beside it"
         )
-    found = [
-        Branch(name, module, kind, block)
-        for block in around
-        for name, module, kind in _ends(model, block, tuple(inside))
-    ]
+    of_attention = attention_of(model)
+    found = [branch for block in around for branch in _ends(model, block, of_attention)]
     for block in around:
         missing = [
             name
@@ -65,33 +68,41 @@ def residual_branches(model: nn.Module) -> list[Branch]:
         if missing:
             raise ConversionError(
                 f"{missing[0]} ends in no single layer that could be told: looked for nn.MultiheadAttention or a "
-                f"linear layer called {', '.join(sorted(_ATTENTION_ENDS))}"
+                f"linear layer called {', '.join(sorted(ATTENTION_ENDS))}"
             )
         if not any(each.block == block and each.kind == "mlp" for each in found):
             raise ConversionError(
                 f"{block or 'the model'} has no MLP whose last layer could be told: looked for a linear layer called "
-                f"{', '.join(sorted(_MLP_ENDS))} or {_DENSE_IN}"
+                f"{', '.join(sorted(MLP_ENDS))} or {_DENSE_IN}"
             )
     return found
 
 
-def _ends(
-    model: nn.Module, block: str, inside: tuple[str, ...]
-) -> list[tuple[str, nn.Module, Literal["attention", "mlp"]]]:
-    found: list[tuple[str, nn.Module, Literal["attention", "mlp"]]] = []
+def _ends(model: nn.Module, block: str, of_attention: Callable[[str], bool]) -> list[Branch]:
+    found = []
     for own, module in model.get_submodule(block).named_modules():
         name = ".".join(part for part in (block, own) if part)
-        short = name.rpartition(".")[2].lower()
         if isinstance(module, nn.MultiheadAttention):
-            found.append((name, module, "attention"))
-        elif not is_projection(module) or _is_torchs(model, name):
-            continue
-        elif is_within(name, inside):
-            if short in _ATTENTION_ENDS:
-                found.append((name, module, "attention"))
-        elif short in _MLP_ENDS or f".{name}".endswith(f".{_DENSE_IN}"):
-            found.append((name, module, "mlp"))
+            found.append(Branch(name, module, "attention", block))
+        elif is_projection(module) and not _is_torchs(model, name):
+            sequence = _sequence_it_ends(model, name, module)
+            short = (name if sequence is None else name.rpartition(".")[0]).rpartition(".")[2].lower()
+            is_dense = f".{name}".endswith(f".{_DENSE_IN}")
+            if of_attention(name):
+                if short in ATTENTION_ENDS:
+                    found.append(Branch(name, module, "attention", block))
+            elif short in MLP_ENDS or is_dense or (sequence is not None and len(sequence) > 1):
+                found.append(Branch(name, module, "mlp", block))
     return found
+
+
+def _sequence_it_ends(model: nn.Module, name: str, module: nn.Module) -> list[nn.Module] | None:
+    """Return the linear layers of the nn.Sequential that a layer is the last of, dropout aside; None if of none."""
+    holder = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(holder, nn.Sequential):
+        return None
+    after = [child for child in holder if not isinstance(child, nn.Dropout | nn.Identity)]
+    return [child for child in after if is_projection(child)] if after[-1] is module else None
 
 
 def _is_torchs(model: nn.Module, name: str) -> bool:
@@ -112,13 +123,18 @@ def width_of(branch: Branch) -> int:
 
 
 def expect_unscaled(branches: list[Branch]) -> None:
-    """Raise a ConversionError if a branch has a scale already."""
-    scaled = [branch.name for branch in branches if hasattr(branch.layer, _SCALE)]
-    if scaled:
-        raise ConversionError(
-            f"{scaled[0]} already scales its residual branch: use one of layer-scale, rezero and deepnorm, or "
-            "fold_ first"
-        )
+    """Raise a ConversionError if a branch has a scale already, or cannot be given one."""
+    for branch in branches:
+        weight: Tensor = last_linear(branch.layer).weight  # type: ignore[assignment]
+        if hasattr(branch.layer, _SCALE):
+            raise ConversionError(
+                f"{branch.name} already scales its residual branch: use one of layer-scale, rezero and deepnorm, or "
+                "fold_ first"
+            )
+        if is_sharded(weight):
+            raise ConversionError(f"{branch.name} is sharded already: stabilize the model first, then shard it")
+        if weight.is_meta:
+            raise ConversionError(f"{branch.name} is on the meta device: give it values first")
 
 
 def scale_branch_(branch: Branch, scale: list[float], trained: bool) -> None:

@@ -31,12 +31,11 @@ class SoftCap(Stabilizer):
     """Soft cap: attention logits and final logits s become c tanh(s / c), which is never larger than c.
 
     Gemma Team, "Gemma 2", 2024, arXiv 2408.00118, section 2, which caps attention at 50 and the final logits at 30.
-    Capped is all attention that is computed by ``scaled_dot_product_attention``, before masks are added, and
-    by nn.MultiheadAttention. It changes the model's function wherever logits come near to the cap.
+    Capped is all attention that is computed by ``scaled_dot_product_attention`` or nn.MultiheadAttention, before masks
+    are added. It changes the model's function wherever logits come near to the cap.
 
     When not to use it: where the memory or speed of fused attention is needed, since no fused kernel has a cap: the
-    logits are stored, (batch, heads, queries, keys) in float32. Beyond the cap gradients vanish, as they
-    do for a logit far above the others in any softmax; QK-norm and sigma-Reparam leave those alive.
+    logits are stored, (batch, heads, queries, keys) in float32. Far beyond the cap the gradient of a logit vanishes.
 
     Attributes:
         attention: c of the attention logits; None leaves them as they are.

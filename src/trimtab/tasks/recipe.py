@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from trimtab.errors import RecipeError
 from trimtab.tasks.optimizers import build_optimizers
 from trimtab.tasks.task import Task
+from trimtab.tasks.typed import typed
 
 Optimizer = Literal["adamw", "adam", "sgd", "muon"]
 Schedule = Literal["constant", "cosine", "step"]
@@ -92,11 +93,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            hint, value = hints[field.name], getattr(self, field.name)
-            choices = get_args(hint)
-            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
-                raise RecipeError(f"{field.name} must be one of {', '.join(choices)}; got {value!r}")
+        for field in fields(self):  # so that 1 and 1.0, or a list and a tuple, are the same recipe
+            object.__setattr__(self, field.name, typed(hints[field.name], getattr(self, field.name), field.name))
         for name in ("lr", "clip", "seconds", "step_factor"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

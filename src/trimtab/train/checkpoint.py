@@ -170,6 +170,11 @@ def _collect(state: TrainState, files: dict[str, dict[str, Tensor]], keeps: bool
 
     def into(name: str) -> Callable[[str, Tensor], None]:
         def put(path: str, tensor: Tensor) -> None:
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype == torch.complex128:
+                raise CheckpointError(
+                    f"{path} cannot be saved: expected a dense tensor of up to 64 bits a number, got {tensor.layout}, "
+                    f"{tensor.dtype} on {tensor.device}"
+                )
             full = whole(tensor.detach())  # of a sharded one every process must ask
             if keeps:
                 files.setdefault(name, {})[path] = full.cpu()

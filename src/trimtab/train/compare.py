@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.errors import RecipeError, RunFolderError, TrimtabError
 from trimtab.stabilizers import Stabilizer, parse
 from trimtab.tasks.recipe import Recipe
@@ -24,6 +26,7 @@ from trimtab.train.progress import Progress, Result, read_result
 from trimtab.train.workers import cores, run_all, visible_gpus
 from trimtab.watch.runlog import STEPS, write_json
 
+_TAIL = 1_000_000  # bytes that hold the last line of a log
 _PRELOAD = ("lightning_fabric", "trimtab.train.compare")  # seconds of importing
 
 
@@ -191,6 +194,7 @@ def _train(task: _Task, tell: Callable[[Progress], None]) -> Result | Failure:
     """Train one run, in a worker; what it raises is recorded and ends nothing else."""
     place, _, hardware, facts = task
     (place.folder / ERROR).unlink(missing_ok=True)
+    _forget_peak_memory()
     try:
         return train(place.recipe, place.folder, tell, hardware=hardware, facts={**facts, "arm": place.arm})
     except RunFolderError as error:  # another process is at work there, or it is another's: nothing is written to it
@@ -200,11 +204,21 @@ def _train(task: _Task, tell: Callable[[Progress], None]) -> Result | Failure:
         return _record(place, type(error).__name__, str(error), lines)
 
 
+def _forget_peak_memory() -> None:
+    """Let the peak be that of the next run, not of all that this process has done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux has it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _look(task: _Task) -> Progress | None:
     """How a run goes, from the last line of its log."""
     place = task[0]
     try:
-        line = json.loads((place.folder / STEPS).read_bytes().splitlines()[-1])
+        with open(place.folder / STEPS, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            line = json.loads(file.read().splitlines()[-1])
         loss, seconds = float(line["loss"]), float(line["time"])
         lr = line["lr"][0] if isinstance(line["lr"], list) else line["lr"]
     except (OSError, ValueError, LookupError, TypeError):  # none yet, or just being written

@@ -1,33 +1,38 @@
 """`trimtab compare`."""
 
 import shlex
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from trimtab.errors import RecipeError, TrimtabError
+from trimtab.stabilizers import STABILIZERS
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import find_recipe
-from trimtab.train.compare import compare
+from trimtab.train.compare import compare, finished
 from trimtab.train.grid import parse_lrs, parse_seeds, plan, stabilizer_arms
 from trimtab.train.grid_screen import GridScreen
 from trimtab.train.hardware import Hardware
 from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
+from trimtab.train.screen import console
 from trimtab.train.workers import cores, visible_gpus
 
-_USAGE = """usage: trimtab compare NAME --stabilizers LIST --lrs LIST [--seeds N] [--FIELD VALUE ...]
+_USAGE = """usage: trimtab compare NAME --stabilizers LIST --lrs LIST [--seeds N] ...
 
-The same training under several stabilizers, learning rates and seeds, and a report that opens offline. The same command
-again goes on where it was stopped; more learning rates, seeds or stabilizers may then be asked for.
+The same training under several stabilizers, learning rates and seeds, and a
+report that opens offline. The same command again goes on where it was stopped;
+it may then ask for more learning rates, seeds or stabilizers.
 
-  trimtab compare vit-digits --stabilizers none,sigma,qk-norm --lrs 1e-3:1e-1:5 --seeds 3
+  trimtab compare vit-digits --stabilizers none,sigma+qk-norm --lrs 1e-3:1e-1:5
 
 {recipes}
 
-  trimtab compare NAME --help tells the options, the recipe's fields and their defaults."""
+stabilizers, with + between those that go together (docs/stabilizers.md):
+{stabilizers}
+
+  trimtab compare NAME --help tells the options and the recipe's fields."""
 
 _OF_THE_GRID = {"--lr": "--lrs", "--seed": "--seeds", "--stabilizer": "--stabilizers"}
 REPORT = "report.html"
@@ -73,7 +78,10 @@ def compare_command(words: Sequence[str]) -> int:
         TrimtabError: the recipe, a field, the grid or the folder is not right; nothing has been trained then.
     """
     if not words or words[0] in ("-h", "--help"):
-        print(_USAGE.format(recipes=recipe_list()))
+        names = textwrap.fill(
+            ", ".join(sorted(STABILIZERS)), 80, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  "
+        )
+        print(_USAGE.format(recipes=recipe_list(), stabilizers=names))
         return 0
     name, *rest = words
     if name.startswith("-"):
@@ -88,13 +96,15 @@ def compare_command(words: Sequence[str]) -> int:
 def _compare(name: str, recipe: Recipe, options: _Options, again: str) -> int:
     folder = options.folder or Path("runs") / f"compare-{short_name(name)}"
     arms = stabilizer_arms(recipe, options.stabilizers.split(","))
+    if options.jobs is not None and options.jobs < 1:
+        raise RecipeError(f"--jobs must be at least 1, got {options.jobs}")
     lrs, seeds = parse_lrs(options.lrs), parse_seeds(options.seeds)
     places = plan(arms, lrs, seeds, folder)
     hardware = Hardware(options.accelerator)
-    console = Console(highlight=False)
+    terminal = console()
 
     def say(*lines: str) -> None:
-        console.print("\n".join(lines), markup=False, soft_wrap=True)
+        terminal.print("\n".join(lines), markup=False, soft_wrap=True)
 
     jobs = min(options.jobs or (hardware.accelerator != "cpu" and len(visible_gpus())) or cores(), len(places))
     where = f"on the Ray cluster {options.ray}" if options.ray else f"{jobs} at a time"
@@ -103,7 +113,10 @@ def _compare(name: str, recipe: Recipe, options: _Options, again: str) -> int:
         for of, what in ((arms, "stabilizer"), (lrs, "learning rate"), (seeds, "seed"))
     )
     say(f"{len(places)} runs of {recipe.steps:,} steps: {grid}, {where}, into {folder}")
-    screen = GridScreen(places, folder, console)
+    kept = [place.name for place in places if finished(place)]
+    if kept:
+        say(f"{len(kept)} of them {'was' if len(kept) == 1 else 'were'} done before")
+    screen = GridScreen(places, folder, terminal, kept)
     try:
         with screen:
             compare(

@@ -22,7 +22,7 @@ RUN, RESULT, ERROR = "run.json", "result.json", "error.json"
 _OURS = {RUN, RESULT, ERROR, STEPS, "heads.json", "checkpoints", *ARRAYS}
 _LOCK = ".lock"
 # What two runs of one recipe must share to be the same bit for bit.
-_EXACT = ("trimtab", "torch", "python", "platform", "machine", "threads")
+_EXACT = ("trimtab", "torch", "python", "platform", "machine", "threads", "device", "strategy")
 
 
 class Found(NamedTuple):
@@ -124,11 +124,11 @@ def first_difference(there: Any, here: Any, name: str = "") -> tuple[str, str, s
 
 
 def _warn_of_changes(folder: Path, there: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    here = {name: value for name, value in run_info(1, None).items() if name in _EXACT} | dict(run)
+    here = {**run_info(1, None), **run}
     changed = [
         f"{name} {there[name]} then, {value} now"
         for name, value in here.items()
-        if name in (*_EXACT, "processes", "strategy", "accelerator") and name in there and there[name] != value
+        if name in _EXACT and name in there and there[name] != value
     ]
     if changed:
         logger.warning(

@@ -1,7 +1,7 @@
 """What a person sees of a compare: a live table of the grid in a terminal, a line for each run that ends elsewhere."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -28,9 +28,10 @@ class GridScreen:
         places: the planned runs.
         folder: the compare's.
         console: where they are shown.
+        kept: the names of those that had come to their end before.
     """
 
-    def __init__(self, places: Sequence[RunPlace], folder: Path, console: Console) -> None:
+    def __init__(self, places: Sequence[RunPlace], folder: Path, console: Console, kept: Collection[str] = ()) -> None:
         self._folder, self._console = folder, console
         self._recipes = {place.name: place.recipe for place in places}
         self._arms = list(dict.fromkeys(place.arm for place in places))
@@ -39,20 +40,20 @@ class GridScreen:
         for place in places:
             self._cells.setdefault((place.arm, place.recipe.lr), []).append(place.name)
         self._news: dict[str, Progress | Result | Failure] = {}
-        self._kept: set[str] = set()  # ended before this process
+        self._kept = set(kept)
         self._start = time.monotonic()
         self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.stop()
 
     @property
@@ -67,14 +68,15 @@ class GridScreen:
 
     def show(self, name: str, news: Progress | Result | Failure) -> None:
         """Take note of how a run goes."""
-        if isinstance(news, Result) and name not in self._news:
-            self._kept.add(name)
         self._news[name] = news
-        if not isinstance(news, Progress) and name not in self._kept and not self._console.is_terminal:
+        if not isinstance(news, Progress) and name not in self._kept and not self._console.is_interactive:
             number = f"{len(self.ended)}/{len(self._recipes)}"
             left = self._left()
             text = f"{number}  {name}: {_ending(news)}" + (f"  {left}" if left else "")
-            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _left(self) -> str:
         """The time left in words, from the first end of a run on."""

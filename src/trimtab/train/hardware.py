@@ -136,6 +136,10 @@ def _shard_(module: nn.Module, mesh: Any) -> nn.Module:
 
 def reshard_(module: nn.Module) -> None:
     """Let go of the whole weights that FSDP2 keeps after a forward without a backward: they would go stale."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
     for part in module.modules():
-        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+        if isinstance(part, FSDPModule):
             part.reshard()

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,8 +56,9 @@ def run_on_ray(
     ours = not ray.is_initialized()
     if ours:
         try:
+            _refuse_deaf(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise RunFolderError(f"there is no Ray cluster at {address!r}: {error}") from error
     running: dict[Any, str] = {}
     try:
@@ -88,6 +90,13 @@ def run_on_ray(
             ray.wait(list(running), num_returns=len(running), timeout=60)
         if ours:
             ray.shutdown()
+
+
+def _refuse_deaf(address: str) -> None:
+    """Raise OSError if nothing listens there; Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _do(parcel: bytes) -> Any:

@@ -55,9 +55,10 @@ def about(name: str) -> str | None:
 
 def recipe_list() -> str:
     """Every recipe's name, with one line about it."""
-    width = max(map(len, RECIPES)) + 2
-    lines = [f"  {name:<{width}}{_first_line(make)}" for name, make in RECIPES.items()]
-    return "\n".join(["recipes:", *lines, f"  {'file.py:NAME':<{width}}your own: a function that returns a Recipe"])
+    lines = {name: _first_line(make) for name, make in RECIPES.items()}
+    lines["file.py:NAME"] = "your own: a function that returns a Recipe, or a subclass."
+    width = max(map(len, lines)) + 2
+    return "\n".join(["recipes:", *(f"  {name:<{width}}{line}" for name, line in lines.items())])
 
 
 def short_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,14 +45,14 @@ class RunScreen:
         self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.stop()
 
     def show(self, now: Progress) -> None:
@@ -62,11 +63,11 @@ class RunScreen:
                 self._print(f"continues at step {self._started_at:,}")
         told, before = (len(self._now.alarms), self._now.metrics) if self._now else (0, {})
         metrics = now.metrics if now.metrics != before else {}  # those of an earlier step are not told twice
-        self._now, self._arrived = now, time.monotonic()
         for name, value in {"loss": now.loss, "entropy": now.entropy_min, **metrics}.items():
             if value is not None:
                 self._curves[name] = (*self._curves.get(name, ()), value)[-_POINTS:]
-        if not self._console.is_terminal:
+        self._now, self._arrived = now, time.monotonic()  # last: what a frame shows of it has a curve
+        if not self._console.is_interactive:
             self._print(_line(now, metrics, self._left(now)))
             for message in now.alarms[told:]:
                 self._print(f"  alarm: {message}")
@@ -133,6 +134,11 @@ def _line(now: Progress, metrics: Mapping[str, float], left: str) -> str:
 def figures(value: float) -> str:
     """A metric to four decimals, or to four figures when it is large."""
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def console(quiet: bool = False) -> Console:
+    """The process's terminal. A file or pipe is never drawn on, whatever FORCE_COLOR says."""
+    return Console(quiet=quiet, highlight=False, force_interactive=None if sys.stdout.isatty() else False)
 
 
 def title(left: str, right: str, width: int) -> Text:

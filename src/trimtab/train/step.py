@@ -72,7 +72,7 @@ def step_function(
         return loss
 
     def step_with_closure(batches: list[Batch]) -> Tensor:
-        losses = []
+        losses: list[Tensor] = []
         random = _random_state(fabric.device)
 
         def closure() -> Tensor:
@@ -82,7 +82,7 @@ def step_function(
                 losses.append(gradients(batches))
             return losses[-1]
 
-        closure_wanted[0].step(closure)
+        closure_wanted[0].step(closure)  # type: ignore[arg-type]  # torch says float, and means a loss
         if not losses:
             raise RecipeError(f"{type(closure_wanted[0]).__name__} never called the closure that it asked for")
         return losses[0]
@@ -98,10 +98,12 @@ def scaler_of(fabric: "Fabric") -> Any:
 @contextmanager
 def _not_yet_shared(model: nn.Module) -> Iterator[None]:
     """Gradients stay in this process: those of the last micro-batch are shared with what was gathered before."""
-    if hasattr(model, "no_sync"):  # DDP
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, nn.parallel.DistributedDataParallel):
         with model.no_sync():
             yield
-    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         try:
             yield

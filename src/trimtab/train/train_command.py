@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from trimtab.errors import RecipeError, RunFolderError
 from trimtab.report.runlog import read_json
@@ -21,12 +20,13 @@ from trimtab.train.hardware import Hardware, Strategy
 from trimtab.train.loop import train
 from trimtab.train.progress import RESULT, Result
 from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
-from trimtab.train.screen import RunScreen, figures
+from trimtab.train.screen import RunScreen, console, figures
 
 _USAGE = """usage: trimtab train NAME [--FIELD VALUE ...] [--folder FOLDER]
        trimtab train --from FOLDER/run.json [--FIELD VALUE ...] [--folder FOLDER]
 
-Train one recipe, watched. The same command again goes on where it was interrupted, bit for bit; --from repeats a run.
+Train one recipe, watched. The same command again goes on where it was stopped,
+bit for bit; --from repeats an earlier run in a new folder.
 
 {recipes}
 
@@ -81,6 +81,8 @@ def train_command(words: Sequence[str]) -> int:
             again += ["--folder", str(folder)]
     elif first.startswith("-"):
         raise RecipeError(f"a recipe's name comes first, then {first}: trimtab train NAME {shlex.join(words)}")
+    elif any(word.partition("=")[0] == "--from" for word in rest):
+        raise RecipeError(f"--from stands in the place of the recipe's name: leave {first} out")
     else:
         recipe, facts, folder = find_recipe(first), {"recipe_name": first}, Path("runs") / short_name(first)
         recipe, options = recipe_and_options(recipe, _Options, rest, f"trimtab train {first}", about(first))
@@ -89,9 +91,9 @@ def train_command(words: Sequence[str]) -> int:
 
 
 def _train(recipe: Recipe, folder: Path, hardware: Hardware, facts: Mapping[str, Any], again: str) -> int:
-    console = Console(quiet=_rank() > 0, highlight=False)
+    terminal = console(quiet=_rank() > 0)
     finished = (folder / RESULT).is_file()
-    with RunScreen(folder, console, recipe.seconds, 0 if finished else _last_checkpoint(folder)) as screen:
+    with RunScreen(folder, terminal, recipe.seconds, 0 if finished else _last_checkpoint(folder)) as screen:
         result = train(recipe, folder, screen.show, hardware=hardware, facts=facts)
     lines = []
     if finished:
@@ -99,14 +101,16 @@ def _train(recipe: Recipe, folder: Path, hardware: Hardware, facts: Mapping[str,
             f"{folder} holds this run, at its end; to train it anew, choose another --folder, or remove this one"
         )
     lines += _ending(result, recipe, again)
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    terminal.print("\n".join(lines), markup=False, soft_wrap=True)
     return 130 if result.status == "interrupted" else 0
 
 
 def _ending(result: Result, recipe: Recipe, again: str) -> list[str]:
     """How the run ended, and what to do next."""
     if result.status == "interrupted":
-        return [f"stopped; saved at step {result.steps:,}. The same command goes on: {again}"]
+        saved = _last_checkpoint(result.folder)  # on a full disk, an earlier one
+        stopped = "stopped" if saved == result.steps else f"stopped at step {result.steps:,}"
+        return [f"{stopped}; saved at step {saved:,}. The same command goes on: {again}"]
     steps, folder = f"{result.steps:,} of {recipe.steps:,} steps", result.folder
     lines = [f"{result.status} after {steps}, {duration(result.seconds)}, loss {result.loss:.4g}"]
     if result.metrics:
@@ -143,8 +147,8 @@ def _earlier(path: Path) -> tuple[Recipe, dict[str, Any], Path]:
     if not info:
         raise RunFolderError(f"there is no {path}; --from takes the run.json of a run, or its folder")
     _tell_of_versions(info)
-    folder = path.parent
-    names = (folder.with_name(f"{folder.name or 'run'}-again{number}") for number in ("", *range(2, 10_000)))
+    folder = path.parent if path.parent.name not in ("", "..") else path.resolve().parent  # which has a name
+    names = (folder.with_name(f"{folder.name}-again{number}") for number in ("", *range(2, 10_000)))
     facts = {key: info[key] for key in ("recipe_name",) if key in info}
     return recipe_of(info), facts, next(name for name in names if not name.exists())
 

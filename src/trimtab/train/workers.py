@@ -114,6 +114,7 @@ def run_all(
                 for worker in _listen(workers, hear):
                     workers.remove(worker)
                     how = _how_it_ended(worker)
+                    _close(worker)
                     failed_starts = 0 if worker.ready else failed_starts + 1
                     if failed_starts == _STARTS:
                         raise RuntimeError(
@@ -199,9 +200,13 @@ def _end(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.process.join(10)
         worker.process.kill()
-        worker.process.join()
-        worker.process.close()
-        worker.connection.close()
+        _close(worker)
+
+
+def _close(worker: _Worker) -> None:
+    worker.process.join()
+    worker.process.close()
+    worker.connection.close()
 
 
 def _send(worker: _Worker, message: bytes) -> None:

@@ -106,6 +106,23 @@ def largest_of_seen(values: Sequence[float], *, broken: bool) -> float:
     return math.nan if broken else max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
+def of_all_heads(readings: Mapping[Head, Reading]) -> dict[str, float]:
+    """The numbers that all heads make together, for the line of a step."""
+    if not readings:
+        return {}
+    entropy, normalized, max_logit, logit_norm, bound = zip(*readings.values(), strict=True)
+    broken = any(head.broken for head in readings.values())
+    found = {
+        # Of heads without a number (no query has a choice, or NaN) there is no minimum; the logits show NaN.
+        "entropy_min": min((value for value in normalized if value >= 0), default=math.nan),
+        "entropy_mean": mean_of_seen(entropy, broken=broken),
+        "entropy_bound": mean_of_seen(bound, broken=broken),
+        "max_logit": largest_of_seen(max_logit, broken=broken),
+        "logit_norm": mean_of_seen(logit_norm, broken=broken),
+    }
+    return {name: value for name, value in found.items() if broken or not math.isnan(value)}
+
+
 def _combine_entries(entries: Sequence[Any]) -> Any:
     """Mappings and lists entry by entry, numbers by their mean; anything else is the first process's."""
     first = entries[0]

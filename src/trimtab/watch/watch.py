@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from trimtab.watch.alarms import Alarm, Alarms, Head, Reading, Thresholds
+from trimtab.watch.checks import check_cadence, check_kinds, check_number, number
 from trimtab.watch.coverage import Coverage
 from trimtab.watch.instruments import Instruments
-from trimtab.watch.reduce import Ranks, Sight, largest_of_seen, mean_of_seen
+from trimtab.watch.reduce import Ranks, Sight, of_all_heads
 from trimtab.watch.runlog import RunLog, refuse_used, run_info
 from trimtab.watch.signals import GradientNoise, Sharpness, averaged, sharpness
 from trimtab.watch.taps.gradients import noise_of
@@ -109,27 +109,13 @@ class Watch:
         process_group: Any = None,
         resume: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"expected model to be an nn.Module, got {type(model).__name__}")
-        if not isinstance(folder, str | Path) or not str(folder):
-            raise TypeError(f"expected folder to be the path of a new folder, got {folder!r}")
-        if run is not None and not isinstance(run, Mapping):
-            raise TypeError(f"expected run to be a dict of facts for run.json, got {type(run).__name__}")
-        if on_alarm is not None and not callable(on_alarm):
-            raise TypeError(f"expected on_alarm to be a function of an Alarm, got {type(on_alarm).__name__}")
-        _check_cadence("every", every)
+        check_kinds(model, folder, run, on_alarm, thresholds, sinks)
+        check_cadence("every", every)
         if slow_every is None:
             slow_every = every * max(10, math.ceil(_SLOW_STEPS / every))
-        _check_cadence("slow_every", slow_every)
+        check_cadence("slow_every", slow_every)
         if slow_every % every:
             raise ValueError(f"expected slow_every to be a multiple of every={every}, got {slow_every}")
-        if thresholds is not None and not isinstance(thresholds, Thresholds):
-            raise TypeError(f"expected thresholds to be a tt.Thresholds, got {type(thresholds).__name__}")
-        if not isinstance(sinks, Sequence):
-            raise TypeError(f"expected sinks to be a list of sinks, got {type(sinks).__name__}")
-        for sink in sinks:
-            if not callable(getattr(sink, "write", None)) or not callable(getattr(sink, "close", None)):
-                raise TypeError(f"expected a sink to have the methods write and close, got {type(sink).__name__}")
         self.alarms: list[Alarm] = []
         self.last: dict[str, Any] = {}
         self._model, self._folder, self._every, self._slow_every = model, Path(folder), every, slow_every
@@ -203,11 +189,11 @@ class Watch:
             self._steps += 1
             return
         seen = instruments.take(self._next_step_is_slow)
-        numbers: dict[str, Any] = {name: _number(value) for name, value in metrics.items()}
+        numbers: dict[str, Any] = {name: number(value) for name, value in metrics.items()}
         if self._sharpness is not None:
             numbers["sharpness"] = _without_none(self._sharpness._asdict())
             self._sharpness = None
-        seen.line.update(numbers, loss=_number(loss))
+        seen.line.update(numbers, loss=number(loss))
         sight = self._ranks.together(seen)
         if self._steps == 0 and self._ranks.first:
             self._note_what_is_unseen(sight)
@@ -324,7 +310,7 @@ class Watch:
 
     def _line(self, sight: Sight) -> dict[str, Any]:
         """The line of this step in its order, with the numbers that all heads make together."""
-        found: dict[str, Any] = {**sight.line, **_of_all_heads(sight.readings)}
+        found: dict[str, Any] = {**sight.line, **of_all_heads(sight.readings)}
         noise = noise_of(sight.micro_batches)
         if noise is not None:
             self._noise = averaged(self._noise, noise)
@@ -333,7 +319,7 @@ class Watch:
         return line | {name: found[name] for name in _OWN_NAMES if name in found}
 
     def _check(self, loss: object, metrics: Mapping[str, object]) -> None:
-        _check_number("loss", loss)
+        check_number("loss", loss)
         if metrics and not self.next_step_is_logged:
             raise ValueError(
                 f"step {self._steps + 1} is not logged, so its metrics ({', '.join(metrics)}) would be lost: "
@@ -342,7 +328,7 @@ class Watch:
         for name, value in metrics.items():
             if name in _OWN_NAMES:
                 raise ValueError(f"the log has a {name!r} of its own: give the metric another name")
-            _check_number(name, value)
+            check_number(name, value)
 
     def _note_what_is_unseen(self, sight: Sight) -> None:
         if "lr" not in sight.line:
@@ -397,49 +383,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model if compiled is None else _unwrapped(compiled)
 
 
-def _of_all_heads(readings: Mapping[Head, Reading]) -> dict[str, float]:
-    if not readings:
-        return {}
-    entropy, normalized, max_logit, logit_norm, bound = zip(*readings.values(), strict=True)
-    broken = any(head.broken for head in readings.values())
-    found = {
-        # Of heads without a number (no query has a choice, or NaN) there is no minimum; the logits show NaN.
-        "entropy_min": min((value for value in normalized if value >= 0), default=math.nan),
-        "entropy_mean": mean_of_seen(entropy, broken=broken),
-        "entropy_bound": mean_of_seen(bound, broken=broken),
-        "max_logit": largest_of_seen(max_logit, broken=broken),
-        "logit_norm": mean_of_seen(logit_norm, broken=broken),
-    }
-    return {name: value for name, value in found.items() if broken or not math.isnan(value)}
-
-
 def _reasons(unseen: Mapping[str, str]) -> str:
     return f" ({'; '.join(f'{name}: {reason}' for name, reason in unseen.items())})" if unseen else ""
 
 
 def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if value is not None}
-
-
-def _check_cadence(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"expected {name} to be a whole number of steps, got {value!r}")
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1 (steps from one logged step to the next), got {value}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"expected {name} to be one number, got a tensor of shape {tuple(value.shape)}")
-        if value.is_complex() or value.is_meta:
-            kind = "complex" if value.is_complex() else "meta"
-            raise TypeError(f"expected {name} to be a real number, got a {kind} tensor")
-    elif not isinstance(value, Real):
-        raise TypeError(
-            f"expected {name} to be a number or a tensor of one, got {type(value).__name__}: pass float({name})"
-        )
-
-
-def _number(value: Tensor | float) -> float:
-    return float(value.item() if isinstance(value, Tensor) else value)
