@@ -88,7 +88,7 @@ def child(folder: Path, strategy: Any, steps: int, hold: Path | None) -> None:
     """Train, and say each logged step. With `hold`, stop inside the write of the second checkpoint until killed."""
     torch.set_num_threads(1)
     if hold is not None:
-        sync, writes = checkpoint_files._sync, []
+        sync, writes = checkpoint_files.sync, []
 
         def held(path: Path) -> None:
             writes.append(path)
@@ -97,7 +97,7 @@ def child(folder: Path, strategy: Any, steps: int, hold: Path | None) -> None:
                 time.sleep(3600)
             sync(path)
 
-        checkpoint_files._sync = held
+        checkpoint_files.sync = held
 
     def say(progress: Any) -> None:
         print("step", progress.step, flush=True)

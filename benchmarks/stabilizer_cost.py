@@ -1,6 +1,7 @@
 """What the stabilizers of attention and logits cost: whole training steps, with and without each, in turn.
 
     python benchmarks/stabilizer_cost.py            # about five minutes on 2 cores
+    python benchmarks/stabilizer_cost.py --resume   # only the rows that are missing
     python benchmarks/stabilizer_cost.py --busy     # one thread, processor time: on a machine with other work
     python benchmarks/stabilizer_cost.py --quick    # does it run? some seconds, no numbers worth keeping
 
@@ -10,7 +11,7 @@ the same weights. Printed is the median of the paired ratios with / without, sma
   ViT    the digits ViT of `trimtab train vit-digits`: 0.2 million parameters, batch 64, 16 tokens
   GPT    4 blocks, 256 wide, 4 heads, 4 texts of 128 tokens, 512 words: 3.5 million parameters
 
-Writes results/stabilizer_cost.json.
+Writes results/stabilizer_cost_cpu.json or _cuda.json.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from measure import paired, spread, write
+from measure import paired, rows_so_far, spread, write
 from watch_cost import GPT
 
 from trimtab.models.vit import ViT
@@ -68,6 +69,7 @@ def steps_of(name: str, spec: str, quick: bool, device: str) -> Callable[[], Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small models, two rounds, nothing written")
+    parser.add_argument("--resume", action="store_true", help="only the rows that are missing")
     parser.add_argument("--busy", action="store_true", help="one thread, processor time")
     options = parser.parse_args()
     if options.busy:
@@ -76,14 +78,17 @@ def main() -> None:
     torch.set_flush_denormal(True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = 2 if options.quick else 8
-    ratios: dict[str, dict[str, list[float]]] = {}
+    name = f"stabilizer_cost_{device}"
+    rows = {} if options.quick or not options.resume else rows_so_far(name)
     for spec in SPECS:
-        for name in ("ViT", "GPT"):
-            plain, stabilized = (steps_of(name, each, options.quick, device) for each in ("none", spec))
-            ratios.setdefault(spec, {})[name] = paired(plain, stabilized, rounds, device, clock)
-        print(f"{spec:24}" + "".join(f"  {name} {spread(own)}" for name, own in ratios[spec].items()), flush=True)
-    if not options.quick:
-        print(write(f"stabilizer_cost_{device}", {"clock": clock.__name__, "steps": STEPS, "ratios": ratios}))
+        if spec not in rows:
+            rows[spec] = {}
+            for model in ("ViT", "GPT"):
+                plain, stabilized = (steps_of(model, each, options.quick, device) for each in ("none", spec))
+                rows[spec][model] = paired(plain, stabilized, rounds, device, clock)
+            if not options.quick:
+                write(name, {"clock": clock.__name__, "steps": STEPS, "rows": rows})
+        print(f"{spec:24}" + "".join(f"  {model} {spread(own)}" for model, own in rows[spec].items()), flush=True)
 
 
 if __name__ == "__main__":

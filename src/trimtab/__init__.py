@@ -14,13 +14,12 @@ from trimtab.reparam import (
     SigmaReparam,
     describe,
     effective_weight,
-    fold_,
     refresh_,
     remove_norms_,
     reparametrize_,
-    save_pretrained,
     sigma_error,
 )
+from trimtab.stabilizers import auxiliary_loss, fold_, save_pretrained, stabilize_
 from trimtab.watch import Alarm, Thresholds, Watch, observe
 from trimtab.watch.signals import (
     Sharpness,
@@ -51,6 +50,7 @@ __all__ = [
     "attention_entropy_sampled",
     "attention_stats",
     "attention_stats_varlen",
+    "auxiliary_loss",
     "describe",
     "effective_weight",
     "entropy_lower_bound",
@@ -63,6 +63,7 @@ __all__ = [
     "save_pretrained",
     "sharpness",
     "sigma_error",
+    "stabilize_",
     "stable_rank",
     "token_embedding_variability",
 ]

@@ -18,8 +18,8 @@ import trimtab as tt
 from trimtab.errors import ConversionError, RecipeError
 from trimtab.reparam.heads import Projections, projections
 from trimtab.stabilizers import parse, stabilize_
+from trimtab.stabilizers.clipper import see_compiled_
 from trimtab.stabilizers.head_scaling import shrink_logits_, split_over_heads, wanted_shrinking
-from trimtab.stabilizers.qk_clip import see_compiled_
 
 
 def _max_logits(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -363,7 +363,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("at", ["save_file", "_seal", "_sync"])
+@pytest.mark.parametrize("at", ["save_file", "_seal", "sync"])
 def test_a_full_disk_leaves_the_older_checkpoints(saved: Path, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_below(saved.parent)
     state = state_of(converted())

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,25 @@ def test_a_folder_takes_one_compare_and_what_extends_it(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_a_run_folder_that_cannot_be_used_is_left_alone_and_the_rest_goes_on(tmp_path: Path) -> None:
+    base = Line(steps=2)
+    arms = {"a": base, "b": replace(base, clip=1.0), "c": replace(base, clip=2.0)}
+    places = compare({"a": base}, [0.1], [0], tmp_path, jobs=1, hardware=CPU)
+    another = tmp_path / "runs" / "b" / places[0].folder.name
+    shutil.copytree(places[0].folder, another)  # the run of arm a: another recipe
+    (tmp_path / "runs" / "c").write_text("no folder")
+    before = stamp(another)
+    heard: dict[str, Any] = {}
+    compare(arms, [0.1], [0], tmp_path, jobs=1, hardware=CPU, on_news=lambda *news: heard.update([news]))
+    a, b, c = (heard[f"{arm} lr0.1 seed0"] for arm in arms)
+    assert isinstance(a, Result)
+    assert b.kind == "RunFolderError"
+    assert "clip is None there and 1.0 here" in b.error
+    assert stamp(another) == before
+    assert isinstance(c, Failure)
+    assert (tmp_path / "runs" / "c").read_text() == "no folder"
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     with pytest.raises(RecipeError, match="at least one arm"):
@@ -219,6 +239,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(RecipeError, match="Hidden cannot be sent to another process"):
         compare({"a": Hidden()}, [0.1], [0], folder)
     assert not folder.exists()
+
+
+def test_a_budget_in_seconds_ends_runs_for_good(tmp_path: Path) -> None:
+    arms = {"a": Line(steps=10**9, seconds=0.2), "b": Line(steps=10**9, seconds=0.2, clip=1.0)}
+    heard: list[Any] = []
+    for _ in range(2):
+        compare(arms, [0.1], [0], tmp_path, jobs=2, hardware=CPU, on_news=lambda name, news: heard.append(news))
+    ends = [news for news in heard if isinstance(news, Result)]
+    assert [end.status for end in ends] == ["out of time"] * 4
+    assert {end.folder: end for end in ends[:2]} == {end.folder: end for end in ends[2:]}
+    assert ends[2:] == heard[-2:]  # the second time they are read, not trained
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")

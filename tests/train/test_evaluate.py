@@ -72,6 +72,8 @@ def test_wrong_scores_are_refused_with_what_to_do() -> None:
         measured(task(lambda model, batch: {"eval_loss": 1.0}))
     with pytest.raises(RecipeError, match="decides by the metric 'accuracy', and measures eval_loss"):
         measured(task(lambda model, batch: {"eval_loss": batch}, metric="accuracy"))
+    with pytest.raises(RecipeError, match="a line of the log has a 'loss' of its own"):
+        measured(task(lambda model, batch: {"loss": batch}, metric="loss"))
 
 
 @pytest.mark.parametrize(("size", "processes"), [(7, 1), (7, 2), (7, 3), (2, 3), (1, 4), (12, 3)])

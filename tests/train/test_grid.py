@@ -1,5 +1,6 @@
 """Which runs a compare consists of, and what is refused before anything is written."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_a_range_is_geometric_and_includes_both_ends(low: float, factor: float, 
     assert len(lrs) == count
     assert lrs[0] == pytest.approx(low, rel=5e-6)  # six digits are kept
     assert lrs[-1] == pytest.approx(low * factor, rel=5e-6)
-    steps = [math.log(after / before) for before, after in zip(lrs, lrs[1:], strict=False)]
+    steps = [math.log(after / before) for before, after in itertools.pairwise(lrs)]
     assert steps == pytest.approx([math.log(factor) / (count - 1)] * (count - 1), abs=1e-5)
     assert all(float(f"{lr:g}") == lr for lr in lrs)  # a folder's name tells it exactly
 

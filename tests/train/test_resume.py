@@ -100,7 +100,7 @@ def test_a_run_that_breaks_off_at_several_steps(
     assert (tmp_path / "run" / "result.json").stat().st_ino == inode
 
 
-@pytest.mark.parametrize("at", ["save_file", "_sync", "remove"])
+@pytest.mark.parametrize("at", ["save_file", "sync", "remove"])
 def test_a_run_that_breaks_off_inside_the_write_of_a_checkpoint(
     harness: ModuleType,
     uninterrupted: Callable[[Recipe], Path],

@@ -4,7 +4,6 @@ from trimtab.reparam.config import FilterFn, SigmaReparam
 from trimtab.reparam.convert import effective_weight, fold_, refresh_, reparametrize_
 from trimtab.reparam.describe import describe
 from trimtab.reparam.norms import remove_norms_
-from trimtab.reparam.saving import save_pretrained
 from trimtab.reparam.sigmas import sigma_error, sigma_gamma, stable_ranks
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "refresh_",
     "remove_norms_",
     "reparametrize_",
-    "save_pretrained",
     "sigma_error",
     "sigma_gamma",
     "stable_ranks",

@@ -1,8 +1,7 @@
 """One run folder, read once and kept small: how it began and ended, its worst moments, its curves."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import RunFolderError
+from trimtab.report.columns import read_columns
 from trimtab.report.decimate import decimate
 from trimtab.report.runlog import Floats, number, read_json
 
@@ -18,7 +18,6 @@ _OF_WATCH = (
     *("format", "trimtab", "torch", "python", "platform", "machine", "cpus", "threads", "started", "every"),
     *("task", "parameters", "strategy", "processes", "arm", "recipe_name"),
 )  # what run.json says of every run, and is no part of its recipe
-CURVES = ("loss", "lr", "grad_norm", "entropy_min", "entropy_mean", "max_logit")
 _RECENT = 10  # logged losses, by whose median a spike is judged
 _RISE = 0.2  # of the way that the loss has come: how far above that median a spike stands
 
@@ -119,7 +118,7 @@ def read_summary(folder: Path, planned: Mapping[str, Any] | None = None) -> RunS
     if not isinstance(recipe, dict):  # a run of the user's own loop: what Watch was told of it
         recipe = {name: value for name, value in info.items() if name not in _OF_WATCH}
     result = read_json(folder / "result.json")
-    columns, alarms, notes = _read_log(folder / "steps.jsonl")
+    columns, alarms, notes = read_columns(folder / "steps.jsonl")
     steps = columns.pop("step", np.empty(0))
     if not len(steps) and not error:
         raise RunFolderError("it has no logged step yet")
@@ -185,51 +184,6 @@ def count_spikes(losses: Floats) -> int:
     span = np.maximum(0.5 * abs(finite[0]), finite[0] - lowest)
     above = finite[_RECENT:] - np.median(windows, axis=1) > _RISE * span
     return int(above[:1].sum() + (above[1:] & ~above[:-1]).sum())
-
-
-def _read_log(path: Path) -> tuple[dict[str, Floats], list[dict[str, Any]], list[str]]:
-    """The plain numbers of every whole line as columns, (lines,) each, NaN where a line has none; and the alarms."""
-    texts = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # the last is torn or empty
-    notes: list[str] = []
-    try:
-        lines = _lines(b"[" + b",".join(texts) + b"]")  # many times faster than line by line
-    except (ValueError, TypeError):
-        whole = 0
-        lines = []
-        for text in texts:
-            try:
-                lines += _lines(b"[" + text + b"]")
-            except (ValueError, TypeError):
-                break
-            whole += 1
-        notes.append(f"steps.jsonl is damaged after line {whole}; what follows is left out")
-    alarms = [dict(alarm) for line in lines if line.get("alarms") for alarm in line["alarms"]]
-    kinds = {name: value for line in reversed(lines) for name, value in line.items()}  # the first value of each name
-    columns = {name: _column(lines, name) for name, value in kinds.items() if _is_number(name, value)}
-    return columns, alarms, notes
-
-
-def _lines(text: bytes) -> list[dict[str, Any]]:
-    lines = json.loads(text)
-    for line in lines:
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int | float):
-            raise ValueError("a line without a step")
-    return list(lines)
-
-
-def _column(lines: Sequence[Mapping[str, Any]], name: str) -> Floats:
-    values = [line.get(name) for line in lines]
-    if not any(isinstance(value, list) for value in values):
-        return np.array(values, dtype=np.float64)  # None becomes NaN, "inf" what it says
-    return np.array([number(value) for value in values])
-
-
-def _is_number(name: str, value: Any) -> bool:
-    if name in ("alarms", "time"):
-        return False
-    if isinstance(value, list):
-        return name in CURVES  # the learning rate of each group of parameters: the first stands for them
-    return (isinstance(value, int | float) and not isinstance(value, bool)) or value in ("nan", "inf", "-inf")
 
 
 def _check_arrays(folder: Path, lines: int) -> list[str]:

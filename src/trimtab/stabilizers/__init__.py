@@ -13,6 +13,7 @@ from trimtab.stabilizers.qk_clip import QKClip
 from trimtab.stabilizers.qk_norm import QKNorm
 from trimtab.stabilizers.registry import STABILIZERS, parse, register, spec_of
 from trimtab.stabilizers.rezero import ReZero
+from trimtab.stabilizers.saving import save_pretrained
 from trimtab.stabilizers.sigma import Sigma
 from trimtab.stabilizers.softcap import SoftCap
 from trimtab.stabilizers.spectral_norm import SpectralNorm
@@ -43,6 +44,7 @@ __all__ = [
     "fold_",
     "parse",
     "register",
+    "save_pretrained",
     "spec_of",
     "stabilize_",
     "with_changes",

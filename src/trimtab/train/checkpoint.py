@@ -7,6 +7,7 @@ state.json. Nothing in it is pickled. Tensors are whole, so that it loads on any
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
 from trimtab.reparam.carried import whole
-from trimtab.train.checkpoint_files import CHECKPOINTS, folder_of, read_checkpoint, remove_parts, write_checkpoint
+from trimtab.train.checkpoint_files import CHECKPOINTS, folder_of, read_checkpoint, remove_parts, sync, write_checkpoint
 from trimtab.train.kept_checkpoints import best_checkpoint, drop_others, newest_checkpoint
 from trimtab.train.model_state import (
     belongs_to_another,
@@ -30,6 +31,7 @@ from trimtab.train.packing import pack, unpack
 from trimtab.train.random_states import random_states, restore_random_states, seed_new_process
 from trimtab.train.state import Tensors, TrainState
 from trimtab.watch.reduce import Ranks
+from trimtab.watch.runlog import ARRAYS, STEPS
 
 __all__ = ["best_checkpoint", "load_checkpoint", "load_weights", "newest_checkpoint", "save_checkpoint"]
 
@@ -67,6 +69,9 @@ def save_checkpoint(folder: Path, state: TrainState, *, keep: int, best: bool) -
 
     def write() -> None:
         remove_parts(checkpoints)
+        for name in (STEPS, *ARRAYS):  # a machine that loses its power keeps the log up to here as well
+            with suppress(OSError):
+                sync(folder / name)
         write_checkpoint(folder_of(checkpoints, state.step), files, content)
         drop_others(checkpoints, state.step, keep)
 

@@ -74,10 +74,10 @@ def write_checkpoint(path: Path, files: Mapping[str, Mapping[str, Tensor]], cont
         text = json.dumps(sealed)
         (aside / _CONTENT).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "content": sealed}))
         for written in (*aside.iterdir(), aside):
-            _sync(written)
+            sync(written)
         remove(path)
         aside.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint {path} ({error}). It needs {needed / 1e6:,.1f} MB: make room, or keep fewer "
@@ -165,6 +165,17 @@ def verify(path: Path) -> dict[str, Any]:
     return content
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # there a folder cannot be opened
+    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def _seal(path: Path) -> dict[str, int]:
     """Size and CRC-32 of a file: 2.8 GB/s where SHA-256 makes 1.8, and it is accidents that it has to find."""
     size = checksum = 0
@@ -182,17 +193,6 @@ def _in_memory_of_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor.clone().contiguous() if memory in seen or not tensor.is_contiguous() else tensor
         seen.add(memory)
     return found
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # there a folder cannot be opened
-    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -193,7 +193,8 @@ _Task = tuple[RunPlace, tuple[type[Stabilizer], ...], Hardware, Mapping[str, Any
 def _train(task: _Task, tell: Callable[[Progress], None]) -> Result | Failure:
     """Train one run, in a worker; what it raises is recorded and ends nothing else."""
     place, _, hardware, facts = task
-    (place.folder / ERROR).unlink(missing_ok=True)
+    with suppress(OSError):
+        (place.folder / ERROR).unlink()
     _forget_peak_memory()
     try:
         return train(place.recipe, place.folder, tell, hardware=hardware, facts={**facts, "arm": place.arm})

@@ -16,6 +16,8 @@ from trimtab.train.randomness import kept
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_OF_THE_LOG = {"step", "loss", "lr", "alarms", "time"}
+
 
 @torch.no_grad()
 def evaluate(
@@ -39,7 +41,7 @@ def evaluate(
 
     Raises:
         RecipeError: the task's score returns something else than one number for each example, or its summary has no
-            metric of the name that decides.
+            metric of the name that decides, or one of a name that a line of the log has.
     """
     totals: dict[str, Tensor] = {}
     with kept(fabric.device), _eval_mode(model):
@@ -60,6 +62,8 @@ def evaluate(
             f"the task decides by the metric {task.metric!r}, and measures {', '.join(metrics) or 'nothing'}: "
             "let `score` or `summarize` return it, or name another in `metric`"
         )
+    if taken := sorted(_OF_THE_LOG & set(metrics)):
+        raise RecipeError(f"a line of the log has a {taken[0]!r} of its own: give the metric another name")
     return {name: float(value) for name, value in metrics.items()}
 
 

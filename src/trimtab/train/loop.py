@@ -27,6 +27,7 @@ from trimtab.train.hardware import Hardware, distributed, launched
 from trimtab.train.kept_checkpoints import best_checkpoint
 from trimtab.train.loader import Loader
 from trimtab.train.log import PlainLog, WorstHead
+from trimtab.train.memory import reset_peak_memory
 from trimtab.train.order import derived_seed
 from trimtab.train.outcome import (
     agree,
@@ -115,6 +116,7 @@ def _run(
     info: Mapping[str, Any],
 ) -> Result:
     """Train a task until its end, or until it is interrupted."""
+    reset_peak_memory(fabric.device)
     model = distributed(fabric, task.model, compiled=recipe.compile)
     optimizers = recipe.optimizers(task.model)
     average = Average(task.model, recipe.ema) if recipe.ema is not None else None

@@ -1,8 +1,6 @@
 """What a run knows of itself: its facts as a checkpoint keeps them, when it ends, and what it tells."""
 
 import math
-import resource
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Task
 from trimtab.train.clock import Clock
 from trimtab.train.loader import Loader
+from trimtab.train.memory import peak_memory
 from trimtab.train.progress import Progress, Result, Status
 from trimtab.train.state import TrainState
 
@@ -119,7 +118,7 @@ def result_of(
         step_seconds=facts["step_seconds"],
         samples_per_second=recipe.batch_size / facts["step_seconds"],
         loader_samples_per_second=recipe.batch_size / facts["loader_seconds"],
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
         initial=facts["initial"],
         metrics=facts["metrics"],
         best=facts["best"],
@@ -137,10 +136,3 @@ def note_times(facts: dict[str, Any], clock: Clock, loader: Loader, seconds: flo
         facts["step_seconds"] = clock.step_seconds
     if not math.isnan(loader.batch_seconds):
         facts["loader_seconds"] = loader.batch_seconds
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB

@@ -13,14 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from trimtab.train.parcels import pack, unpack
+from trimtab.train.parcels import pack
+from trimtab.train.worker_process import serve
 
 logger = logging.getLogger("trimtab")
 
@@ -40,7 +40,6 @@ class _Worker:
     slot: int
     ready: bool = False
     task: str | None = None
-    inbox: list[Any] = field(default_factory=list)
 
 
 def run_all(
@@ -147,7 +146,7 @@ def _context(gpus: Sequence[str], preload: Sequence[str]) -> Any:
     if gpus or "forkserver" not in multiprocessing.get_all_start_methods():  # CUDA does not survive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *preload])
+    context.set_forkserver_preload([serve.__module__, *preload])
     return context
 
 
@@ -156,7 +155,7 @@ def _start(context: Any, slot: int, threads: int, gpus: Sequence[str]) -> _Worke
     environment = {"OMP_NUM_THREADS": str(threads)}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    process = context.Process(target=_serve, args=(theirs, threads, environment), name=f"trimtab worker {slot}")
+    process = context.Process(target=serve, args=(theirs, threads, environment), name=f"trimtab worker {slot}")
     with _interrupts_ignored(), _environment(environment):  # inherited by a new interpreter before it imports torch
         process.start()
     theirs.close()
@@ -221,52 +220,6 @@ def _how_it_ended(worker: _Worker) -> str:
         return f"its process ended by itself, with exit code {code}"
     name = signal.Signals(-code).name
     return f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def _serve(connection: "Connection[Any, Any]", threads: int, environment: Mapping[str, str]) -> None:
-    """A worker's life."""
-    os.environ.update(environment)  # a fork has that of the server
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # a terminal's Ctrl-C is for the main process to handle
-    parcels: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, parcels), daemon=True).start()
-    sending = threading.Lock()
-
-    def send(kind: str, news: Any) -> None:
-        with sending:
-            connection.send((kind, news))
-
-    logger.addHandler(_Sender(send))
-    logger.propagate = False
-    torch.set_num_threads(threads)
-    send("ready", None)
-    while parcel := parcels.get():
-        try:
-            work, task = unpack(parcel)
-            outcome = work(task, lambda news: send("news", news))
-        except Exception as error:
-            send("lost", (type(error).__name__, str(error)))
-        else:
-            send("outcome", outcome)
-
-
-def _receive(connection: "Connection[Any, Any]", parcels: "SimpleQueue[bytes]") -> None:
-    try:
-        while True:
-            parcels.put(connection.recv_bytes())
-    except (EOFError, OSError):  # the main process is gone
-        os._exit(1)
-
-
-class _Sender(logging.Handler):
-    """Sends what is logged in a worker to the main process."""
-
-    def __init__(self, send: Callable[[str, Any], None]) -> None:
-        super().__init__()
-        self._send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._send("log", (record.levelno, "%s", record.getMessage()))
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Writing a converted model for the rest of the world, which knows nothing of gamma."""
+"""Writing a stabilized model for the rest of the world, which knows nothing of it."""
+
 
 import copy
 import os
@@ -8,27 +9,29 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.reparam.convert import fold_
-from trimtab.reparam.sigmas import sigma_gamma
+from trimtab.stabilizers.apply import applied
+from trimtab.stabilizers.fold import fold_
+
+# These stay part of the function; of deepnorm it is the eps of the norms, which no file of weights holds.
+_NOT_PLAIN = ("qk-norm", "softcap", "deepnorm")
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:
-    """Write a folded copy of a converted model; the model itself stays converted and goes on training.
+    """Write a folded copy of a stabilized model; the model itself stays as it is and goes on training.
 
     A Hugging Face model is written by its own ``save_pretrained`` and loads in plain transformers; any other model
-    becomes ``model.safetensors``, to be loaded into the plain, unconverted model (``safetensors.torch.load_model``).
+    becomes ``model.safetensors``, to be loaded into the plain model (``safetensors.torch.load_model``).
 
     Args:
-        model: a converted model.
+        model: a stabilized model.
         folder: where to write; made if missing.
         options: passed on to the model's own ``save_pretrained``, if it has one.
 
     Raises:
-        ConversionError: if nothing in the model is converted, or it cannot be folded.
+        ConversionError: there is nothing to fold, it cannot be folded, or something would be left that a plain model
+            does not compute.
         ImportError: if the model is not a Hugging Face one and safetensors is not installed.
     """
-    if not sigma_gamma(model):
-        raise ConversionError("no layer of this model is converted: save it by its own means")
     try:
         plain = copy.deepcopy(model)
     except Exception as error:
@@ -36,6 +39,9 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
             f"cannot copy the model in order to fold the copy ({error}); gather a sharded model first"
         ) from error
     fold_(plain)
+    left = [each.name for each in (*applied(model), *applied(plain)) if each.name in _NOT_PLAIN]
+    if left:
+        raise ConversionError(f"a plain model would not compute {left[0]}, which cannot be folded: save the state dict")
     own = getattr(plain, "save_pretrained", None)
     if callable(own):
         own(folder, **options)

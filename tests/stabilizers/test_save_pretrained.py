@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import trimtab as tt
+from trimtab.models import ViT
+from trimtab.tasks.images import vit_digits
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -26,7 +28,7 @@ def test_a_plain_module_is_written_folded_and_loads_strictly(tmp_path: Path) -> 
 
 
 def test_a_plain_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(tt.ConversionError, match="no layer of this model is converted"):
+    with pytest.raises(tt.ConversionError, match="nothing to fold"):
         tt.save_pretrained(nn.Linear(2, 2), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -35,3 +37,23 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         tt.save_pretrained(tt.reparametrize_(nn.Linear(2, 2)), tmp_path / "file")
+
+
+@pytest.mark.parametrize("kept", ["qk-norm", "softcap:logits=none"])
+def test_what_no_plain_model_computes_is_refused(kept: str, tmp_path: Path) -> None:
+    model = ViT(vit_digits().model)
+    tt.stabilize_(model, f"sigma+{kept}")
+    with pytest.raises(tt.ConversionError, match=kept.partition(":")[0]):
+        tt.save_pretrained(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_scaled_branches_are_saved_folded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ViT(vit_digits().model)
+    tt.stabilize_(model, "sigma+layer-scale")
+    images = torch.randn(2, 1, 8, 8)
+    tt.save_pretrained(model, tmp_path)
+    plain = ViT(vit_digits().model)
+    safetensors.load_model(plain, tmp_path / "model.safetensors", strict=True)
+    torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-5)  # float32: rounded once more
