@@ -85,7 +85,9 @@ def variants(harness: ModuleType) -> dict[str, Recipe]:
     }
 
 
-@pytest.mark.parametrize("name", ["all of it", "two optimisers", "no watch, best kept"])
+@pytest.mark.parametrize(
+    "name", ["all of it", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two optimisers", "no watch, best kept"))]
+)
 def test_a_run_that_breaks_off_at_several_steps(
     harness: ModuleType, uninterrupted: Callable[[Recipe], Path], tmp_path: Path, name: str
 ) -> None:
@@ -100,7 +102,7 @@ def test_a_run_that_breaks_off_at_several_steps(
     assert (tmp_path / "run" / "result.json").stat().st_ino == inode
 
 
-@pytest.mark.parametrize("at", ["save_file", "sync", "remove"])
+@pytest.mark.parametrize("at", [pytest.param("save_file", marks=pytest.mark.slow), "sync", "remove"])
 def test_a_run_that_breaks_off_inside_the_write_of_a_checkpoint(
     harness: ModuleType,
     uninterrupted: Callable[[Recipe], Path],
@@ -159,13 +161,18 @@ def test_a_damaged_checkpoint_costs_a_few_steps_and_no_bit(
 ) -> None:
     recipe, folder = harness.recipe(STEPS), tmp_path / "run"
     killed_at(recipe, folder, 12)
+    then = checkpoint_files.read_content(folder / "checkpoints" / "step-00000005")
     newest = folder / "checkpoints" / "step-00000010" / "optimizer.safetensors"
     os.truncate(newest, newest.stat().st_size - 3)
-    quiet(recipe, folder)
+    result = quiet(recipe, folder)
     (record,) = caplog.records
     assert "step-00000010 is damaged: optimizer.safetensors" in record.message
     assert "Going on from step-00000005" in record.message
     assert harness.differences(folder, uninterrupted(recipe)) == []
+    # Times go on where they were.
+    times = [json.loads(line)["time"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert result.seconds > then["facts"]["seconds"] > 0
+    assert times[-1] > then["watch"]["time"] > times[0]
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
@@ -205,13 +212,3 @@ def test_the_folder_of_another_run_is_left_as_it_was(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     quiet(recipe, folder)  # killed between its last checkpoint and its result
     assert harness.differences(folder, uninterrupted(recipe)) == []
-
-
-def test_times_go_on_where_they_were(harness: ModuleType, tmp_path: Path) -> None:
-    recipe, folder = harness.recipe(STEPS), tmp_path / "run"
-    killed_at(recipe, folder, 12)
-    content = checkpoint_files.read_content(folder / "checkpoints" / "step-00000010")
-    result = quiet(recipe, folder)
-    times = [json.loads(line)["time"] for line in (folder / "steps.jsonl").read_text().splitlines()]
-    assert result.seconds > content["facts"]["seconds"] > 0
-    assert times[-1] > content["watch"]["time"] > times[0]

@@ -146,7 +146,7 @@ def start_stoppable(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    while process.poll() is None and time.monotonic() < deadline:
         if all((folder / name).is_file() and (folder / name).read_text() for name in "ab"):
             return process, [int((folder / name).read_text()) for name in "ab"]
         time.sleep(0.05)

@@ -13,10 +13,12 @@ from rich.console import Console
 from trimtab.errors import CheckpointError
 from trimtab.inspect.inspection import inspect_checkpoint
 from trimtab.inspect.table import WIDTH, Sort, to_strict_json, to_text
+from trimtab.words import parse_words
 
 _SLOW = 2**28  # bytes from which on progress is shown
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class InspectOptions:
     """Every weight of a checkpoint, layer by layer: sigma, stable rank, q/k energy, embeddings. Runs none of its code.
@@ -56,7 +58,7 @@ def inspect_command(words: list[str]) -> int:
     Raises:
         CheckpointError: the checkpoint cannot be inspected, or the page cannot be written.
     """
-    options = tyro.cli(InspectOptions, args=words, prog="trimtab inspect", config=(tyro.conf.FlagCreatePairsOff,))
+    options = parse_words(InspectOptions, words, prog="trimtab inspect")
     with _progress() as on_tensor:
         report = inspect_checkpoint(
             options.file,

@@ -9,6 +9,7 @@ import tyro
 
 from trimtab.errors import RunFolderError
 from trimtab.report.measures import TOLERANCE
+from trimtab.words import parse_words
 
 if TYPE_CHECKING:
     from trimtab.report.collect import Collection
@@ -17,6 +18,7 @@ PAGE = "report.html"
 _LISTED = 10  # unreadable folders that are named in the terminal
 
 
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
 @dataclass(frozen=True)
 class ReportOptions:
     """One HTML file that opens offline: the page of a run, or of many runs side by side.
@@ -55,7 +57,7 @@ def report_command(words: list[str]) -> int:
     Raises:
         RunFolderError: nothing could be read, or a file cannot be written.
     """
-    options = tyro.cli(ReportOptions, args=words, prog="trimtab report", config=(tyro.conf.FlagCreatePairsOff,))
+    options = parse_words(ReportOptions, words, prog="trimtab report")
     if not options.paths:
         raise RunFolderError("name at least one folder: trimtab report runs/...")
     if not 0 <= options.tolerance < 1:

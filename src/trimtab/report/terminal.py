@@ -3,10 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import tyro
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
@@ -16,11 +18,24 @@ from trimtab.errors import RunFolderError
 from trimtab.report.runlog import number
 from trimtab.report.sparkline import ASCII_BARS, BARS, sparkline
 from trimtab.report.tail import Tail, read_more
+from trimtab.words import parse_words
 
 _WIDE = 110  # columns from which the two tables stand beside each other
 _GAP = 3  # columns between them
 _ROWS = 10  # of a table, at most
 _POLL = 1.0  # seconds from one look at the folder to the next: a frame costs some 10 ms
+
+
+@tyro.conf.configure(tyro.conf.FlagCreatePairsOff)
+@dataclass(frozen=True)
+class WatchOptions:
+    """Show a run in the terminal, also while it is going on in another process."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """The run folder; one that is not there yet is waited for."""
+
+    once: bool = False
+    """Print what is there now and leave. So it is, too, when the output is no terminal."""
 
 
 def watch_command(words: Sequence[str]) -> int:
@@ -35,23 +50,12 @@ def watch_command(words: Sequence[str]) -> int:
     Raises:
         RunFolderError: the folder holds no run that could be shown.
     """
-    import tyro
-
-    def options(folder: Annotated[Path, tyro.conf.arg(metavar="FOLDER")], /, once: bool = False) -> tuple[Path, bool]:
-        """Show a run in the terminal, also while it is going on in another process.
-
-        Args:
-            folder: the run folder; one that is not there yet is waited for.
-            once: print what is there now and leave. So it is, too, when the output is no terminal.
-        """
-        return folder, once
-
-    folder, once = tyro.cli(options, args=words, prog="trimtab watch")
+    options = parse_words(WatchOptions, words, prog="trimtab watch")
     console = Console()
-    if once or not console.is_terminal:
-        show(folder, console)
+    if options.once or not console.is_terminal:
+        show(options.folder, console)
     else:
-        follow(folder, console)
+        follow(options.folder, console)
     return 0
 
 

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Set
+from itertools import count
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class Clipper:
         self._in_vain: list[int] = []  # how often in a row each should have been clipped and was not seen
         self._forwards = 0  # that were trained on
         self._stepped_at: list[int] = []  # how many there were at the last step of each attention
+        self.number = next(_numbers)
         _clippers.add(self)
         _have_steps_followed()
 
@@ -85,7 +87,9 @@ class Clipper:
         Args:
             held: ids of the optimiser's parameters.
         """
-        if self not in self.model._forward_pre_hooks.values():  # it has been taken off
+        if self not in self.model.__dict__.get("_forward_pre_hooks", {}).values():  # taken off, or a copy that failed
+            return
+        if self._tap is None and held.isdisjoint(map(id, self.model.parameters())):  # an average of weights, say
             return
         tap, steps = self.look(), self._counts()
         stepped = [i for i, each in enumerate(self._attentions) if not held.isdisjoint(map(id, _weights(each)))]
@@ -101,7 +105,9 @@ class Clipper:
             return
         self._take_in(tap)
         largest = [self._seen.pop(i, None) for i in due]
-        self._warn_of_unseen(tap, due, {i for i, seen in zip(due, largest, strict=True) if seen is None})
+        for i, seen in zip(due, largest, strict=True):
+            self._in_vain[i] = self._in_vain[i] + 1 if seen is None else 0
+        self._warn_of_unseen(tap, due)
         everywhere = _of_all_processes([self._attentions[i] for i in due], largest)
         for i, max_logits in zip(due, everywhere, strict=True):
             shrink_logits_(self._attentions[i], wanted_shrinking(max_logits, self.tau))
@@ -117,10 +123,8 @@ class Clipper:
             if i is not None and len(max_logits) == self._attentions[i].query.heads:
                 self._seen[i] = torch.fmax(self._seen[i], max_logits) if i in self._seen else max_logits
 
-    def _warn_of_unseen(self, tap: MaxLogits, due: list[int], unseen: set[int]) -> None:
-        for i in due:
-            self._in_vain[i] = self._in_vain[i] + 1 if i in unseen else 0
-        names = [self._attentions[i].name for i in unseen if self._in_vain[i] == _PATIENCE]
+    def _warn_of_unseen(self, tap: MaxLogits, due: list[int]) -> None:
+        names = [self._attentions[i].name for i in due if self._in_vain[i] == _PATIENCE]
         if names:
             reasons = tap.coverage().unseen
             why = next((f" ({reasons[name]})" for name in names if name in reasons), "")
@@ -135,8 +139,8 @@ def clip_after_steps_(model: nn.Module, tau: float, every: int) -> None:
     """Have the heads of a model clipped after every so many steps of its optimisers."""
     model.register_forward_pre_hook(Clipper(model, tau, every), with_kwargs=True)
     if every > 1:
-        count = torch.zeros(len(attention_modules(model, "qk-clip")), dtype=torch.int64)
-        model.register_buffer(_STEPS, count.to(next(model.parameters()).device))
+        steps = torch.zeros(len(attention_modules(model, "qk-clip")), dtype=torch.int64)
+        model.register_buffer(_STEPS, steps.to(next(model.parameters()).device))
         model.register_load_state_dict_post_hook(_count_as_loaded)
 
 
@@ -162,6 +166,7 @@ def _count_as_loaded(model: nn.Module, incompatible_keys: Any) -> None:
 
 
 _clippers: weakref.WeakSet[Clipper] = weakref.WeakSet()
+_numbers = count()
 _hook: Any = None
 
 
@@ -175,7 +180,7 @@ def _have_steps_followed() -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if _clippers:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for clipper in list(_clippers):
+        for clipper in sorted(_clippers, key=lambda clipper: clipper.number):  # the same order in every process
             clipper.after_step(held)
 
 
