@@ -180,6 +180,7 @@ def _listen(workers: Sequence[_Worker], hear: Callable[[_Worker, str, Any], None
 
 def _stop(workers: list[_Worker], hear: Callable[[_Worker, str, Any], None]) -> None:
     """Ask the workers at work to stop, and hear their last words."""
+    logger.warning("stopping: the runs under way save first; Ctrl-C again ends them at once")
     for worker in workers:
         if worker.task is not None:
             worker.process.terminate()
