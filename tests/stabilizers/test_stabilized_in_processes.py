@@ -75,6 +75,10 @@ def trains_like_one_process(rank: int, specs: list[str]) -> None:
     assert dist.get_world_size() == 2
 
 
-@pytest.mark.parametrize("specs", [["layer-scale:init=0.5", "deepnorm+sigma:gamma_init=one", "weight-norm"]])
+_SPECS = ["layer-scale:init=0.5", "deepnorm+sigma:gamma_init=one", "weight-norm", "qk-norm", "qk-clip:tau=0.05"]
+_SPECS += ["softcap:attention=0.5:logits=1+z-loss"]
+
+
+@pytest.mark.parametrize("specs", [_SPECS])
 def test_two_processes(specs: list[str]) -> None:
     in_processes(2, trains_like_one_process, specs)
