@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from trimtab.errors import CheckpointError, RecipeError
 from trimtab.stabilizers import stabilize_, with_changes
+from trimtab.stabilizers.clipper import see_compiled_
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 from trimtab.train.average import Average
@@ -118,6 +119,7 @@ def _run(
     """Train a task until its end, or until it is interrupted."""
     reset_peak_memory(fabric.device)
     model = distributed(fabric, task.model, compiled=recipe.compile)
+    see_compiled_(task.model)
     optimizers = recipe.optimizers(task.model)
     average = Average(task.model, recipe.ema) if recipe.ema is not None else None
     take_step = step_function(fabric, model, task, optimizers, recipe)
