@@ -1,11 +1,13 @@
 """The digits ViT under every stabilizer, over learning rates and seeds: the first whole table.
 
-    python benchmarks/compare_digits.py                # about 25 minutes on 2 cores; killed, it goes on where it was
+    python benchmarks/compare_digits.py                # about 30 minutes on 2 cores; killed, it goes on where it was
     python benchmarks/compare_digits.py --seeds 2      # the smallest useful table
     python benchmarks/compare_digits.py --quick        # every arm, one learning rate, one seed, 20 steps: does it run?
 
 All arms: AdamW without decay, 200 steps of 64 images, constant learning rate, the pre-LN model from Glorot's start (the
-best of those tried at its own best learning rate) unless the stabilizer changes it:
+best of those tried at its own best learning rate) unless the arm changes it:
+  none, N(0, 0.2²)    the best start found at high learning rates
+  none, torch's start PyTorch's own
   sigma               sigma-Reparam with gamma 1 on every layer, weights N(0, 0.4²), no LayerNorm
   sigma, pre-LN       the same with LayerNorm
   init-scale          the control: no LayerNorm, every weight merely starts at W / sigma(W), no reparametrisation
@@ -41,6 +43,8 @@ from trimtab.train.progress import Progress, Result
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 ARMS = {
     "none": "none",
+    "none, N(0, 0.2²)": "none",
+    "none, torch's start": "none",
     "qk-norm": "qk-norm",
     "softcap": "softcap",
     "qk-clip": "qk-clip",
@@ -57,7 +61,9 @@ ARMS = {
 def arms(quick: bool) -> dict[str, Recipe]:
     steps = 20 if quick else 200
     plain = replace(vit_digits(), steps=steps, watch_every=10, eval_every=steps)
-    return {name: replace(plain, stabilizer=stabilizer) for name, stabilizer in ARMS.items()}
+    found: dict[str, Recipe] = {name: replace(plain, stabilizer=stabilizer) for name, stabilizer in ARMS.items()}
+    starts = {"none, N(0, 0.2²)": {"init": "normal", "init_std": 0.2}, "none, torch's start": {"init": "torch"}}
+    return found | {name: replace(plain, model=replace(plain.model, **start)) for name, start in starts.items()}
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-import digits_lr
 import measure
 import spectral_refresh
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 import trimtab as tt
 from trimtab.models.vit import ViT
 from trimtab.reparam import sigma_gamma
+from trimtab.tasks.images import vit_digits
 from trimtab.tasks.images.data import load_images
 from trimtab.train.order import batches
 
@@ -55,7 +55,8 @@ def run(arm: Arm, lr: float, seed: int, steps: int) -> dict[str, Any]:
     """Train once; return what the table shows of the errors, and the last loss."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    recipe = replace(digits_lr.arms()["sigma"], lr=lr, seed=seed)
+    model = replace(vit_digits().model, norm="none", init="normal", init_std=0.4)
+    recipe = replace(vit_digits(), model=model, lr=lr, seed=seed)
     data = load_images(recipe.data)
     torch.manual_seed(seed)
     config = tt.SigmaReparam(gamma_init="one", vectors=arm.vectors)
