@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def soft_cap(logits: Tensor, softcap: float) -> Tensor:
+    """Return ``softcap · tanh(logits / softcap)``; its derivative is ``1 - tanh²(logits / softcap)``."""
+    return softcap * torch.tanh(logits / softcap)
+
+
 def softcapped_attention(
     query: Tensor,
     key: Tensor,
@@ -40,16 +45,18 @@ def softcapped_attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     # In half precision a large logit would lose its last digits to the cap.
-    logits = softcap * torch.tanh((query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) / softcap)
+    logits = soft_cap((query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)), softcap)
     if is_causal:
         causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
         logits = logits.masked_fill(~causal, -torch.inf)
     blind = None  # queries that see no key at all attend to nothing, as in torch's function
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        blind = ~attn_mask.any(-1, keepdim=True)
-        logits = logits.masked_fill(~(attn_mask | blind), -torch.inf)
-    elif attn_mask is not None:
-        logits = logits + attn_mask
+    if attn_mask is not None:
+        hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+        blind = hidden.all(-1, keepdim=True)
+        if attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(hidden & ~blind, -torch.inf)
+        else:
+            logits = logits + attn_mask.masked_fill(blind, 0)
     weights = logits.softmax(-1).to(value.dtype)
     weights = F.dropout(weights if blind is None else weights.masked_fill(blind, 0), dropout_p)
     return weights @ value, weights

@@ -92,15 +92,15 @@ def compare_page(
         blocks += _blocks(group, found, dressed)
     runs = [run for group, _ in groups for run in group.runs]
     blocks.append(runs_table(groups))
+    tables = (failures_table(runs), unreadable_table(collection.unreadable))
+    blocks += [table for table in tables if table.rows]
     blocks.append(Prose("How to read this page", words.reading(tolerance, len(first.seeds))))
-    failures = failures_table(runs)
-    tables = [table for table in (failures, unreadable_table(collection.unreadable)) if table.rows]
     metric = next((group.metric for group, _ in groups if group.metric), "")
     return page(
         title=title or _title([group for group, _ in groups]),
         intro=[*_warnings(collection, groups), *(words.headline(first, measured) if len(groups) == 1 else [])],
         figures=blocks,
-        tables=tables,
+        tables=[],
         facts=_facts(groups),
         script=(files("trimtab.report") / "compare.js").read_text(encoding="utf-8"),
         data=run_data(runs, dressed, metric),
@@ -119,7 +119,8 @@ def _blocks(group: Comparison, measured: Sequence[Measured], dressed: dict[str, 
         outcomes.append(charts.against_lr(group, singles, shown))
     told = [each for each in measured if each.differences and each.measure.name in ("best_loss", "lr_sensitivity")]
     sentence = " ".join(words.told(each) for each in told)
-    blocks.append(Figure("Against the learning rate", outcomes, sentence, key))
+    if any(math.isfinite(group.loss(run)) for run in group.runs if run.ended):
+        blocks.append(Figure("Against the learning rate", outcomes, sentence, key))
     small = charts.each_against_lr(group, singles, shown)
     if small:
         caption = f"The band is the lowest to the highest of the seeds; the grey line is {group.arms[0]}."
@@ -137,6 +138,8 @@ def _blocks(group: Comparison, measured: Sequence[Measured], dressed: dict[str, 
 def _attention_sentence(group: Comparison) -> str:
     watched = [run for run in group.runs if run.ended and math.isfinite(run.entropy_min)]
     collapsed = [run for run in watched if run.entropy_min < 0.03]
+    if not collapsed:
+        return "In no run that ended a head fell below 0.03 of its maximum entropy."
     failed = sum(run.failed for run in collapsed)
     return (
         f"In {words.count(len(collapsed), 'run')} of {len(watched)} a head fell below 0.03 of its maximum entropy; "
@@ -156,7 +159,7 @@ def _warnings(collection: Collection, groups: Sequence[tuple[Comparison, Sequenc
         what = words.count(len(collection.unreadable), "folder")
         lines.append(f"{what} could not be read; the last table lists them.")
     for group, _ in groups[:_MOST]:
-        lines += [f"{note}." for note in group.notes[:6]]
+        lines += words.some_notes(group)
     versions = {str(run.info.get("trimtab")) for group, _ in groups for run in group.runs}
     if len(versions) > 1:
         lines.append(f"The runs come from different versions of Trimtab: {words.join(sorted(versions))}.")

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 from trimtab.report.collect import Unreadable
-from trimtab.report.compare_words import count, number, told
+from trimtab.report.compare_words import at_lr, count, number, some_notes, told
 from trimtab.report.comparison import Comparison
-from trimtab.report.differences import Difference
-from trimtab.report.measured import BEST_LOSS, BEST_METRIC, Measured, best_lr
+from trimtab.report.differences import MIN_SEEDS, Difference
+from trimtab.report.measured import Measured
 from trimtab.report.page import Table
 from trimtab.report.run_data import ending
 from trimtab.report.summary import RunSummary
@@ -23,11 +23,13 @@ def measures_tables(comparison: Comparison, measured: Sequence[Measured]) -> lis
     if not measured:
         return []
     shown = [each for each in measured if any(math.isfinite(value) for value in each.values.values())]
-    lrs = f"{count(len(comparison.lrs), 'learning rate')} from {comparison.lrs[0]:g} to {comparison.lrs[-1]:g}"
-    first = (
-        f"Over {lrs} and {count(len(comparison.seeds), 'seed')}; in brackets the 95 % interval over the seeds. Bold: "
-        "the seeds tell this arm from every other. Grey: the seeds tell it to be worse than the best."
-    )
+    lrs, seeds = count(len(comparison.lrs), "learning rate"), count(len(comparison.seeds), "seed")
+    ends = f" from {comparison.lrs[0]:g} to {comparison.lrs[-1]:g}" if len(comparison.lrs) > 1 else ""
+    if len(comparison.seeds) > 1:
+        seeds += "; in brackets the 95 % interval over the seeds"
+    first = f"Over {lrs}{ends} and {seeds}."
+    if len(comparison.grids) > 1 and len(comparison.seeds) >= MIN_SEEDS:
+        first += " Bold: the seeds tell this arm from every other. Grey: the seeds tell it to be worse than the best."
     second = f"Time and memory are over those of {next(iter(comparison.grids))}."
     tables = [
         ("Measures", [each for each in shown if each.measure.better], first),
@@ -114,7 +116,7 @@ def unreadable_table(unreadable: Sequence[Unreadable]) -> Table:
 def summary_text(comparison: Comparison, measured: Sequence[Measured]) -> str:
     """The measures as plain text, one line an arm; * marks an arm that the seeds tell from every other."""
     if not measured:
-        return f"{count(len(comparison.runs), 'run')}, nothing measured: {'; '.join(comparison.notes) or 'no result'}"
+        return "\n".join([f"{count(len(comparison.runs), 'run')}; nothing can be measured.", *some_notes(comparison)])
     by_name = {each.measure.name: each for each in measured}
     shown = [by_name[name] for name in _IN_TERMINAL if name in by_name]
     shown = [each for each in shown if any(math.isfinite(value) for value in each.values.values())]
@@ -122,7 +124,7 @@ def summary_text(comparison: Comparison, measured: Sequence[Measured]) -> str:
     for arm in comparison.grids:
         cells = [
             number(each.values[arm], each.measure.form)
-            + (f" at {best_lr(comparison, arm, each.measure):g}" if _is_best(each) else "")
+            + at_lr(comparison, arm, each)
             + ("*" if each.winner == arm else "")
             for each in shown
         ]
@@ -131,24 +133,20 @@ def summary_text(comparison: Comparison, measured: Sequence[Measured]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *(_right(row, widths))]).rstrip() for row in rows]
     note = "* the seeds tell it from every other arm" if any(each.winner for each in shown) else ""
     seeds = count(len(comparison.seeds), "seed")
-    what = note or f"{seeds} cannot name a winner in any column"
-    return "\n".join([*lines, f"({count(len(comparison.lrs), 'learning rate')}, {seeds}; {what})"])
+    what = note or f"{seeds} cannot name a winner in any column" if len(rows) > 2 else "there is one arm"
+    lines.append(f"({count(len(comparison.lrs), 'learning rate')}, {seeds}; {what})")
+    return "\n".join([*lines, *some_notes(comparison)])
 
 
 def _right(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
 
 
-def _is_best(each: Measured) -> bool:
-    return each.measure.name in (BEST_LOSS.name, BEST_METRIC.name)
-
-
 def _cell(comparison: Comparison, each: Measured, arm: str) -> str:
     low, high = each.intervals[arm]
     form = each.measure.form
-    where = f" at {best_lr(comparison, arm, each.measure):g}" if _is_best(each) else ""
     spread = f"\n[{number(low, form)}, {number(high, form)}]" if math.isfinite(low) else ""
-    return f"{number(each.values[arm], form)}{where}{spread}"
+    return f"{number(each.values[arm], form)}{at_lr(comparison, arm, each)}{spread}"
 
 
 def _difference(each: Measured, difference: Difference) -> str:

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 from trimtab.report.comparison import Comparison, of_arm
 from trimtab.report.differences import MIN_SEEDS
-from trimtab.report.measured import (
-    BEST_METRIC,
-    LR_SENSITIVITY,
-    SHARE_FAILED,
-    STEP_RATIO,
-    Measured,
-    best_lr,
-)
+from trimtab.report.measured import BEST_LOSS, BEST_METRIC, LR_SENSITIVITY, STEP_RATIO, Measured, best_lr
 
 
 def headline(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
@@ -21,15 +14,17 @@ def headline(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
     by_name = {each.measure.name: each for each in measured}
     lines = [_grid_sentence(comparison)]
     if not measured:
-        return [*lines, "Nothing is measured yet; what there is, is drawn below."]
-    tuned = by_name.get(BEST_METRIC.name, by_name["best_loss"])
-    lrs = {arm: best_lr(comparison, arm, tuned.measure) for arm in comparison.grids}
+        return [*lines, _failures(comparison), "Nothing can be measured; what there is, is shown below."]
+    tuned = by_name.get(BEST_METRIC.name, by_name[BEST_LOSS.name])
     title = tuned.measure.title[:1].upper() + tuned.measure.title[1:]
-    ahead = _ahead(tuned, {arm: f"at {lr:g}" for arm, lr in lrs.items()})
-    lines.append(f"{title}, each at its own best learning rate: {ahead}")
     if len(comparison.lrs) > 1:
-        lines.append(f"LR sensitivity, over all learning rates: {_ahead(by_name[LR_SENSITIVITY.name])}")
-    lines.append(_failures(comparison, by_name[SHARE_FAILED.name]))
+        title += ", each at its own best learning rate"
+    if not all(grid.failed.all() for grid in comparison.grids.values()):
+        lines.append(f"{title}: {_ahead(tuned, {arm: at_lr(comparison, arm, tuned) for arm in comparison.grids})}")
+    sensitivity = by_name.get(LR_SENSITIVITY.name)
+    if sensitivity and any(math.isfinite(value) for value in sensitivity.values.values()):
+        lines.append(f"LR sensitivity, over all learning rates: {_ahead(sensitivity)}")
+    lines.append(_failures(comparison))
     lines += _cost(by_name[STEP_RATIO.name])
     if len(comparison.grids) > 1 and len(comparison.seeds) < MIN_SEEDS:
         lines.append(
@@ -37,6 +32,12 @@ def headline(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
             f"{MIN_SEEDS}, better 5."
         )
     return lines
+
+
+def at_lr(comparison: Comparison, arm: str, measured: Measured) -> str:
+    """Where an arm is best, " at 0.01"; nothing where there is no choice of learning rates, or no best one."""
+    lr = best_lr(comparison, arm, measured.measure)
+    return "" if lr is None or len(comparison.lrs) == 1 else f" at {lr:g}"
 
 
 def told(measured: Measured) -> str:
@@ -59,8 +60,27 @@ def told(measured: Measured) -> str:
     return f"{title}: the seeds can tell {listed}.{rest}"
 
 
+def some_notes(comparison: Comparison, most: int = 6) -> list[str]:
+    """What was left out of the measures and why, a sentence each; the first of them where there are many."""
+    more = len(comparison.notes) - most
+    return [f"{note}." for note in comparison.notes[:most]] + ([f"And {more} more such."] if more > 0 else [])
+
+
 def reading(tolerance: float, num_seeds: int) -> list[str]:
     """How to read the page."""
+    spread = (
+        f"Behind each number stands a 95 % interval from resampling the {count(num_seeds, 'seed')}, all learning rates "
+        "of a seed together and the same draw for all arms. With few seeds such intervals are too narrow. "
+        "Whether the seeds can tell two arms apart is decided by a paired test, corrected for the number of pairs "
+        "(Holm). Bold is an arm that the seeds tell from every other one; grey are arms that they tell to be worse "
+        "than the best. No bold number in a column means that no winner can be named, however the numbers look."
+    )
+    if num_seeds < MIN_SEEDS:
+        spread = (
+            f"Whether two arms differ by more than chance is told from at least {MIN_SEEDS} seeds, which would give "
+            "each number an interval and bold type to an arm that is told from every other. Here no winner can be "
+            "named, however the numbers look."
+        )
     return [
         "Against the learning rate, a point is a run (a cross: it failed), a line the median of the seeds, a band "
         "their lowest to highest. A flat line is an arm that does not mind how its learning rate is set. Compare the "
@@ -68,11 +88,7 @@ def reading(tolerance: float, num_seeds: int) -> list[str]:
         "list of runs, for that run's curves; click on an arm's name to hide it.",
         "A run fails when its loss leaves the finite numbers, when it raises an error, or when it ends no better than "
         "it began; it counts with the loss at init, as in the definition of LR sensitivity.",
-        f"Behind each number stands a 95 % interval from resampling the {count(num_seeds, 'seed')}, all learning rates "
-        "of a seed together and the same draw for all arms. With few seeds such intervals are too narrow. "
-        "Whether the seeds can tell two arms apart is decided by a paired test, corrected for the number of pairs "
-        "(Holm). Bold is an arm that the seeds tell from every other one; grey are arms that they tell to be worse "
-        "than the best. No bold number in a column means that no winner can be named, however the numbers look.",
+        spread,
         f"The LR range counts learning rates around the best one whose loss misses at most {tolerance:.0%} of the way "
         "from the loss at init to the best loss. It is as coarse as the grid.",
         "Low entropy alone is no verdict: a head that has found the one key that matters is right to look at it alone. "
@@ -116,7 +132,7 @@ def _ahead(measured: Measured, notes: dict[str, str] | None = None) -> str:
     order = sorted(known, key=lambda arm: known[arm], reverse=measured.measure.better == "higher")
 
     def say(arm: str) -> str:
-        return f"{arm} {number(known[arm], form)}{' ' + notes[arm] if arm in notes else ''}"
+        return f"{arm} {number(known[arm], form)}{notes.get(arm, '')}"
 
     if len(order) == 1:
         return f"{say(order[0])}."
@@ -124,17 +140,15 @@ def _ahead(measured: Measured, notes: dict[str, str] | None = None) -> str:
     if measured.winner == best:
         value = number(known[best], form)
         rest = f"{say(order[1])}" if len(order) == 2 else f"all others; next is {say(order[1])}"
-        return (
-            f"{best} is first with {value}{' ' + notes[best] if best in notes else ''}; the seeds tell it from {rest}."
-        )
+        return f"{best} is first with {value}{notes.get(best, '')}; the seeds tell it from {rest}."
     level = [arm for arm in order[1:] if arm not in measured.behind]
     if len(level) > 3:
         return f"{say(best)} is first, but the seeds cannot tell it from {len(level)} of the {len(order) - 1} others."
     return f"{say(best)} is first, but the seeds cannot tell it from {join([say(arm) for arm in level])}."
 
 
-def _failures(comparison: Comparison, failed: Measured) -> str:
-    counts = {arm: Counter(run.failed for run in of_arm(comparison.runs, arm)) for arm in failed.values}
+def _failures(comparison: Comparison) -> str:
+    counts = {arm: Counter(run.failed for run in of_arm(comparison.runs, arm)) for arm in comparison.arms}
     some = [f"{each[True]} of {each.total()} with {arm}" for arm, each in counts.items() if each[True]]
     if not some:
         return "No run failed."

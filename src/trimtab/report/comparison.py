@@ -117,13 +117,19 @@ def _comparison(runs: Sequence[RunSummary], order: Sequence[str], shared: dict[s
     starts = {arm: _start(of_arm(kept, arm)) for arm in arms}
     ended = {place: run for place, run in cells.items() if run.ended and math.isfinite(starts[run.arm][0])}
     measured = [arm for arm in arms if any(place[0] == arm for place in ended)]
-    notes += [f"{arm} has no run with a result: it is not measured" for arm in arms if arm not in measured]
+    notes += [_why_unmeasured(of_arm(kept, arm)) for arm in arms if arm not in measured]
     lrs, seeds = _shared_grid(list(ended), measured, notes)
     metric, higher = _metric(kept)
     told = tuple(dict.fromkeys(notes))
     comparison = Comparison(tuple(kept), arms, lrs, seeds, {}, metric, higher, shared, starts, told)
     tables = {arm: [[ended[arm, lr, seed] for lr in lrs] for seed in seeds] for arm in measured if seeds}
     return replace(comparison, grids={arm: _grid(comparison, table) for arm, table in tables.items()})
+
+
+def _why_unmeasured(runs: Sequence[RunSummary]) -> str:
+    raised = any(run.status == "error" for run in runs)
+    why = "its runs raised before they had a loss" if raised else "no run of it has ended"
+    return f"{runs[0].arm} is not measured: {why}"
 
 
 def _shared_grid(

@@ -1,7 +1,7 @@
 """Every measure of a comparison: by arm, with its interval, and which differences the seeds can carry."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,6 +101,7 @@ MAX_LOGIT = Measure(
 SPIKES = Measure("spikes", "spikes a run", "how often the logged loss jumped up, mean over the runs", form=".2f")
 STEP_RATIO = Measure("step_time_ratio", "step time", "median time of a step over that of the first arm", form=".2f")
 MEMORY_RATIO = Measure("memory_ratio", "memory", "median peak memory over that of the first arm", form=".2f")
+_OVER_LRS = (LR_SENSITIVITY, LR_SENSITIVITY_TO_BEST, LR_RANGE)  # of one learning rate they say nothing
 
 
 def measure_all(comparison: Comparison, tolerance: float = measures.TOLERANCE) -> list[Measured]:
@@ -124,6 +125,10 @@ def measure_all(comparison: Comparison, tolerance: float = measures.TOLERANCE) -
     def metric(grid: Grid, seeds: NDArray[np.int64]) -> Floats:
         return measures.at_best_lr(grid.metric[seeds], sign * grid.metric[seeds])
 
+    def sensitivity(grid: Grid, seeds: NDArray[np.int64]) -> Floats:
+        value = measures.lr_sensitivity(grid.loss[seeds])
+        return np.full_like(value, math.nan) if grid.failed.all() else value  # 0 would win, and says nothing
+
     best_of_all = np.min([loss(grid, drawn) for grid in grids.values()], axis=0)
     first = next(iter(grids.values()))
     base_time, base_memory = (measures.middle(of[drawn]) for of in (first.step_seconds, first.peak_memory))
@@ -133,7 +138,7 @@ def measure_all(comparison: Comparison, tolerance: float = measures.TOLERANCE) -
 
     functions: dict[Measure, tuple[Callable[[Grid, NDArray[np.int64]], Floats], float]] = {
         BEST_LOSS: (loss, 0.0),
-        LR_SENSITIVITY: (lambda grid, seeds: measures.lr_sensitivity(grid.loss[seeds]), 0.0),
+        LR_SENSITIVITY: (sensitivity, 0.0),
         LR_SENSITIVITY_TO_BEST: (
             lambda grid, seeds: measures.lr_sensitivity_to(grid.loss[seeds], best_of_all),
             0.0,
@@ -156,20 +161,34 @@ def measure_all(comparison: Comparison, tolerance: float = measures.TOLERANCE) -
             BEST_METRIC.meaning,
             "higher" if comparison.higher_is_better else "lower",
         )
-        functions = {BEST_LOSS: functions[BEST_LOSS], named: (metric, 0.0), **functions}
+        step = _resolution([grid.metric for grid in grids.values()]) / math.sqrt(num_seeds)  # of a mean over the seeds
+        functions = {BEST_LOSS: functions[BEST_LOSS], named: (metric, step), **functions}
+    if len(lrs) == 1:
+        functions = {of: function for of, function in functions.items() if of not in _OVER_LRS}
     return [
         _measured(measure, {arm: of(grid, drawn) for arm, grid in grids.items()}, num_seeds, step)
         for measure, (of, step) in functions.items()
     ]
 
 
-def best_lr(comparison: Comparison, arm: str, measure: Measure) -> float:
-    """The learning rate at which an arm is best, by the median over the seeds of the loss or the metric."""
+def best_lr(comparison: Comparison, arm: str, measure: Measure) -> float | None:
+    """The learning rate at which an arm is best, by the median over the seeds of the loss or the metric.
+
+    None for a measure that has none, and for an arm all of whose runs failed.
+    """
     grid = comparison.grids[arm]
+    if measure.name not in (BEST_LOSS.name, BEST_METRIC.name) or grid.failed.all():
+        return None
     values = grid.loss
     if measure.name == BEST_METRIC.name:
         values = -grid.metric if comparison.higher_is_better else grid.metric
     return comparison.lrs[int(np.median(values, axis=0).argmin())]
+
+
+def _resolution(values: Sequence[Floats]) -> float:
+    """The least by which two values differ: one example, of an accuracy; next to nothing, of what is continuous."""
+    gaps = np.diff(np.unique(np.round(np.concatenate([each.ravel() for each in values]), 9)))
+    return float(np.nanmin(gaps, initial=math.inf)) if np.isfinite(gaps).any() else 0.0
 
 
 def _measured(measure: Measure, drawn: Mapping[str, Floats], num_seeds: int, step: float) -> Measured:

@@ -116,7 +116,7 @@ def page(
     entries = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items())
     body.append(f"<h2>How these numbers were made</h2><dl>{entries}</dl>")
     charts = {
-        f"figure-{number}-{index}": panel.chart.to_json().replace("</", "<\\/")  # "</script>" would end the script
+        f"figure-{number}-{index}": _inside_script(panel.chart.to_json())
         for number, figure in enumerate([*figures, *tables], 1)
         if isinstance(figure, Figure)
         for index, panel in enumerate(figure.panels, 1)
@@ -128,7 +128,7 @@ def page(
         body="\n".join(body),
         charts=",\n".join(f'"{name}": {chart}' for name, chart in charts.items()),
         dark=json.dumps(DARK),
-        data=data.replace("</", "<\\/"),
+        data=_inside_script(data),
         script=script,
     )
 
@@ -200,7 +200,7 @@ def _block(block: Block, name: str) -> str:
 
 
 def _table(table: Table) -> str:
-    hints = [f' title="{_text(hint)}"' for hint in table.hints] or [""] * len(table.header)
+    hints = [f' title="{_text(hint)}"' if hint else "" for hint in table.hints] or [""] * len(table.header)
     header = "".join(f"<th{hint}>{_text(cell)}</th>" for cell, hint in zip(table.header, hints, strict=True))
     rows = []
     for number, row in enumerate(table.rows):
@@ -218,6 +218,11 @@ def _table(table: Table) -> str:
 
 def _mark(table: Table, row: int, column: int) -> str:
     return " class=bold" if (row, column) in table.bold else " class=soft" if (row, column) in table.soft else ""
+
+
+def _inside_script(text: str) -> str:
+    """JSON that may stand in a script: "</script>" would end it, "<!--" hide its end."""
+    return text.replace("<", "\\u003c")
 
 
 def _text(text: str) -> str:

@@ -3,6 +3,7 @@
 from trimtab.stabilizers.apply import stabilize_, with_changes
 from trimtab.stabilizers.auxiliary import auxiliary_loss
 from trimtab.stabilizers.clip import Clip
+from trimtab.stabilizers.clipper import see_compiled_
 from trimtab.stabilizers.deepnorm import DeepNorm
 from trimtab.stabilizers.fold import fold_
 from trimtab.stabilizers.init_scale import InitScale
@@ -45,6 +46,7 @@ __all__ = [
     "parse",
     "register",
     "save_pretrained",
+    "see_compiled_",
     "spec_of",
     "stabilize_",
     "with_changes",

@@ -66,12 +66,18 @@ def applied(model: nn.Module) -> tuple[Stabilizer, ...]:
     return found
 
 
+def applied_within(model: nn.Module) -> tuple[Stabilizer, ...]:
+    """Return what `stabilize_` has applied to a model or any part of it, each once, and `fold_` not taken out again."""
+    return tuple(dict.fromkeys(each for module in model.modules() for each in applied(module)))
+
+
 def forget_applied_(model: nn.Module, stabilizers: list[Stabilizer]) -> None:
-    """Let these be applied again: they have been folded."""
-    left = tuple(each for each in applied(model) if each not in stabilizers)
-    model.__dict__.pop(_APPLIED, None)
-    if left:
-        model.__dict__[_APPLIED] = left
+    """Let these be applied again, to the model and its parts: they have been folded."""
+    for module in model.modules():
+        left = tuple(each for each in applied(module) if each not in stabilizers)
+        module.__dict__.pop(_APPLIED, None)
+        if left:
+            module.__dict__[_APPLIED] = left
 
 
 def changes_models(stabilizer: Stabilizer) -> bool:

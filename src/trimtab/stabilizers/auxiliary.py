@@ -1,7 +1,4 @@
-"""Terms that modules add to the loss: recorded in the forward, read once by whoever has the loss.
-
-A loop of one's own reads them so: ``loss = loss + (tt.auxiliary_loss(model) or 0)``.
-"""
+"""Terms that modules add to the loss: recorded in the forward, read once by whoever has the loss."""
 
 from typing import Any
 

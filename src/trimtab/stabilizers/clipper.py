@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trimtab.errors import ConversionError
 from trimtab.reparam.heads import Projections
-from trimtab.stabilizers.head_scaling import shrink_logits_, wanted_shrinking
+from trimtab.stabilizers.head_scaling import scalable_attentions, shrink_logits_, wanted_shrinking
 from trimtab.stabilizers.max_logits import MaxLogits
-from trimtab.stabilizers.places import attention_modules
 from trimtab.watch.coverage import ROOT
 
 # A layer may rest for some steps; after so many in a row, something is wrong.
@@ -61,8 +61,8 @@ class Clipper:
     def look(self) -> MaxLogits:
         """Begin to look, if that has not begun; return the tap."""
         if self._tap is None:
+            self._attentions = scalable_attentions(self.model)  # what was applied since may stand in the way
             self._tap = MaxLogits(self.model, self._wanted)
-            self._attentions = attention_modules(self.model, "qk-clip")
             self._in_vain, self._stepped_at = ([0] * len(self._attentions) for _ in range(2))
         return self._tap
 
@@ -136,10 +136,15 @@ class Clipper:
 
 
 def clip_after_steps_(model: nn.Module, tau: float, every: int) -> None:
-    """Have the heads of a model clipped after every so many steps of its optimisers."""
+    """Have the heads of a model clipped after every so many steps of its optimisers.
+
+    Raises:
+        ConversionError: see `scalable_attentions`.
+    """
+    attentions = scalable_attentions(model)
     model.register_forward_pre_hook(Clipper(model, tau, every), with_kwargs=True)
     if every > 1:
-        steps = torch.zeros(len(attention_modules(model, "qk-clip")), dtype=torch.int64)
+        steps = torch.zeros(len(attentions), dtype=torch.int64)
         model.register_buffer(_STEPS, steps.to(next(model.parameters()).device))
         model.register_load_state_dict_post_hook(_count_as_loaded)
 
@@ -157,6 +162,12 @@ def see_compiled_(model: nn.Module) -> None:
 def clipper_of(model: nn.Module) -> Clipper | None:
     """Return what clips a model, if anything does."""
     return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, Clipper)), None)
+
+
+def refuse_clipped(model: nn.Module, because: str) -> None:
+    """Raise a ConversionError if a model has QK-Clip."""
+    if clipper_of(model) is not None:
+        raise ConversionError(f"the model has qk-clip, {because}")
 
 
 def _count_as_loaded(model: nn.Module, incompatible_keys: Any) -> None:

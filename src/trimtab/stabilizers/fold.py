@@ -5,7 +5,7 @@ from typing import TypeVar
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.stabilizers.apply import applied, forget_applied_
+from trimtab.stabilizers.apply import applied_within, forget_applied_
 from trimtab.stabilizers.options import has_defaults
 from trimtab.stabilizers.registry import STABILIZERS, place_of
 from trimtab.stabilizers.stabilizer import Stabilizer
@@ -34,7 +34,7 @@ def fold_(model: ModelT) -> ModelT:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
-    known = applied(model)
+    known = applied_within(model)
     others = [cls() for name, cls in STABILIZERS.items() if has_defaults(cls) and name not in {k.name for k in known}]
     folding = sorted((each for each in (*known, *others) if _folds(each)), key=place_of)
     before = _structure(model)

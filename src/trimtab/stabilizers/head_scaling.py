@@ -8,6 +8,7 @@ from trimtab.reparam.blocks import rows_and_columns
 from trimtab.reparam.carried import carried_names, is_sharded, replica
 from trimtab.reparam.heads import HeadRows, Projections
 from trimtab.reparam.layers import Reparametrized
+from trimtab.stabilizers.places import attention_modules, refuse_norms_of_heads, refuse_soft_cap
 
 
 def wanted_shrinking(max_logits: Tensor, tau: float) -> Tensor:
@@ -54,7 +55,23 @@ def shrink_logits_(attention: Projections, shrinking: Tensor) -> None:
         _multiply_(learned_key, keys.repeat_interleave(attention.key.head_dim))
 
 
-def refuse_unscalable(rows: HeadRows, name: str) -> None:
+def scalable_attentions(model: nn.Module) -> list[Projections]:
+    """Return the attention modules of a model, whose logits follow the size of weights that can be scaled.
+
+    Raises:
+        ConversionError: there is none, or one of which this is not so.
+    """
+    found = attention_modules(model, "qk-clip")
+    for attention in found:
+        refuse_norms_of_heads(attention, "the size of W_q and W_k does not count there; leave qk-clip away")
+        for owner in (attention.holder, model):
+            refuse_soft_cap(owner, attention.name, "it hides the size of the logits; leave qk-clip away")
+        for rows in (attention.query, attention.key):
+            _refuse_unscalable(rows, attention.name)
+    return found
+
+
+def _refuse_unscalable(rows: HeadRows, name: str) -> None:
     """Raise a ConversionError if the weights of these heads cannot be scaled by themselves."""
     if rows.layer._parameters.get(rows.weight_name) is None:
         raise ConversionError(

@@ -17,7 +17,9 @@ from trimtab.reparam.norms import is_norm
 Layers = Literal["all", "blocks", "attention", "mlp"]
 """Every layer; those of the Transformer's blocks, without embedding and head; or only the attention's or MLP's."""
 
-_QUERIES = SEPARATE["query"] | {name.lower() for name in FUSED | KEY_VALUE} | {"query_key_value", "linear_qkv"}
+# Layers that make two or three of queries, keys and values; lower case.
+FUSED_NAMES = {name.lower() for name in FUSED | KEY_VALUE} | {"query_key_value", "linear_qkv"}
+_QUERIES = SEPARATE["query"] | FUSED_NAMES
 # What the last layer of a residual branch is called.
 ATTENTION_ENDS = {"out", "out_proj", "o_proj", "o", "c_proj", "proj", "wo", "out_lin", "to_out", "dense"}
 MLP_ENDS = {"down", "down_proj", "c_proj", "fc2", "linear2", "lin2", "wo", "w2", "dense_4h_to_h", "output_dense"}

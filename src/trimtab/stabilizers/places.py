@@ -16,13 +16,15 @@ _NORM_OF_HEADS = re.compile(
     r"(q|k|qk|query|key)_?(norm|ln|layer_?norm|rms_?norm)|(norm|ln|layer_?norm)_?(q|k|qk|query|key)"
 )
 _NAMES_OF_HEADS = ("head", "lm_head", "classifier", "score", "fc")
+# Attributes by which attention modules, models and their configs tell a soft cap; the first is that of `softcap`.
+_CAPS = ("attention_softcap", "softcap", "attn_logit_softcapping", "attn_logit_softcap", "logit_cap")
 
 
 def attention_modules(model: nn.Module, stabilizer: str) -> list[Projections]:
     """Return the attention modules of a model whose layers for queries and keys are known.
 
     Raises:
-        ConversionError: there is none.
+        ConversionError: there is none, or one makes its queries and keys with the same rows.
     """
     found = list(projections(model))
     if not found:
@@ -31,6 +33,11 @@ def attention_modules(model: nn.Module, stabilizer: str) -> list[Projections]:
             "modules that hold their query and key projections under the usual names (query, q_proj, qkv, c_attn "
             "...) and tell num_heads or head_dim"
         )
+    for name, _, query, key in found:
+        if query.layer is key.layer and (query.weight_name, query.start) == (key.weight_name, key.start):
+            raise ConversionError(
+                f"{name or 'the model'} makes its queries and keys with one weight, and {stabilizer} needs one for each"
+            )
     return found
 
 
@@ -41,6 +48,21 @@ def refuse_norms_of_heads(attention: Projections, because: str) -> None:
     norm = next((name for name, child in named if _NORM_OF_HEADS.fullmatch(name) and not _is_identity(child)), None)
     if norm is not None:
         raise ConversionError(f"{attention.name or 'the model'} has QK-norm already ({norm}): {because}")
+
+
+def refuse_soft_cap(owner: nn.Module, name: str, because: str, attributes: tuple[str, ...] = _CAPS) -> None:
+    """Raise a ConversionError if a module or its config tells of a soft cap.
+
+    Args:
+        owner: an attention module, or the model.
+        name: what to call it.
+        because: what to do instead.
+        attributes: by which a cap is told.
+    """
+    for place in (owner, getattr(owner, "config", None)):
+        cap = next((each for each in attributes if getattr(place, each, None)), None)
+        if cap is not None:
+            raise ConversionError(f"{name or 'the model'} has a soft cap already ({cap}): {because}")
 
 
 def _is_identity(module: nn.Module) -> bool:

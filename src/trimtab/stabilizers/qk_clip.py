@@ -6,8 +6,6 @@ from torch import nn
 
 from trimtab.errors import ConversionError, RecipeError
 from trimtab.stabilizers.clipper import clip_after_steps_, clipper_of
-from trimtab.stabilizers.head_scaling import refuse_unscalable
-from trimtab.stabilizers.places import attention_modules, refuse_norms_of_heads
 from trimtab.stabilizers.registry import register
 from trimtab.stabilizers.stabilizer import Stabilizer
 
@@ -24,7 +22,8 @@ class QKClip(Stabilizer):
     and each query by the rest of its own. Under sigma-Reparam the size of W does not count: the gammas are scaled
     instead, and all heads of a gamma as the worst of them needs. The forward pass stays as it is.
 
-    When not to use it: with QK-norm, which makes the size of W_q and W_k irrelevant. With attention whose queries and
+    When not to use it: with QK-norm, which makes the size of W_q and W_k irrelevant, or a soft cap of the attention
+    logits, which hides how large they were. With attention whose queries and
     keys never show (`Watch.coverage` lists it). Where logits have a large additive bias, that part is not scaled. The
     logits are computed a second time to see them, in a compiled model by one more forward: with `every=n` only in every
     n-th step. In a loop of one's own that compiles the model, `see_compiled_` has the first step seen, too.
@@ -49,12 +48,9 @@ class QKClip(Stabilizer):
         """Have the weights clipped after every step of any torch.optim optimiser that holds them.
 
         Raises:
-            ConversionError: no attention is found, its weights cannot be scaled head by head, or it has QK-norm.
+            ConversionError: no attention is found, its weights cannot be scaled head by head, or it has QK-norm or a
+                soft cap.
         """
-        if clipper_of(model) is not None:
-            raise ConversionError("the model has qk-clip already")
-        for attention in attention_modules(model, "qk-clip"):
-            refuse_norms_of_heads(attention, "the size of W_q and W_k does not count there; leave qk-clip away")
-            for rows in (attention.query, attention.key):
-                refuse_unscalable(rows, attention.name)
+        if any(clipper_of(module) is not None for module in model.modules()):
+            raise ConversionError("the model, or a part of it, has qk-clip already")
         clip_after_steps_(model, self.tau, self.every)

@@ -9,12 +9,8 @@ from torch import Tensor, nn
 
 from trimtab.reparam import fastpath
 from trimtab.reparam.heads import HeadRows
-from trimtab.stabilizers.places import (
-    attention_modules,
-    check_own_forward,
-    own_forward_,
-    refuse_norms_of_heads,
-)
+from trimtab.stabilizers.clipper import refuse_clipped
+from trimtab.stabilizers.places import attention_modules, check_own_forward, own_forward_, refuse_norms_of_heads
 from trimtab.stabilizers.registry import register
 from trimtab.stabilizers.stabilizer import Stabilizer
 
@@ -52,6 +48,7 @@ class QKNorm(Stabilizer):
         Raises:
             ConversionError: no attention is found, it has such norms, or a forward that cannot be changed.
         """
+        refuse_clipped(model, "which would shrink weights whose size counts no longer: use one of them")
         layers: dict[int, dict[str, HeadRows]] = {}
         for attention in attention_modules(model, "qk-norm"):
             refuse_norms_of_heads(attention, "leave qk-norm away")

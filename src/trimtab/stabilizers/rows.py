@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
-from trimtab.reparam.blocks import FUSED, KEY_VALUE, SEPARATE, Place, parts_of
+from trimtab.reparam.blocks import SEPARATE, Place, parts_of
 from trimtab.reparam.carried import carried_names, is_sharded
 from trimtab.reparam.layers import Reparametrized
-from trimtab.stabilizers.parts import is_projection, is_transposed
+from trimtab.stabilizers.parts import FUSED_NAMES, is_projection, is_transposed
 from trimtab.stabilizers.weight_norm import weight_normed
 
 
@@ -48,7 +48,7 @@ def value_rows(holder: nn.Module, name: str, module: nn.Module) -> list[Rows]:
         return []
     if short.lower() in SEPARATE["value"]:
         return [all_rows(module, name)]
-    if short.lower() in SEPARATE["query"] | SEPARATE["key"] and short not in FUSED | KEY_VALUE:
+    if short.lower() in (SEPARATE["query"] | SEPARATE["key"]) - FUSED_NAMES:
         return []
     rows = all_rows(module, name).stop
     weight: Tensor = module.weight  # type: ignore[assignment]
@@ -57,7 +57,7 @@ def value_rows(holder: nn.Module, name: str, module: nn.Module) -> list[Rows]:
         if role == "value":
             return [Rows(module, name, "weight", begin, begin + size)]
         begin += size
-    if short in FUSED | KEY_VALUE | {"query_key_value", "linear_qkv", "wqkv"}:
+    if short.lower() in FUSED_NAMES:
         raise ConversionError(f"{name}: it is not known which of its rows make the values")
     return []
 

@@ -1,6 +1,5 @@
 """Writing a stabilized model for the rest of the world, which knows nothing of it."""
 
-
 import copy
 import os
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.stabilizers.apply import applied
+from trimtab.stabilizers.apply import applied_within
 from trimtab.stabilizers.fold import fold_
 
 # These stay part of the function; of deepnorm it is the eps of the norms, which no file of weights holds.
@@ -39,10 +38,15 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
             f"cannot copy the model in order to fold the copy ({error}); gather a sharded model first"
         ) from error
     fold_(plain)
-    left = [each.name for each in (*applied(model), *applied(plain)) if each.name in _NOT_PLAIN]
+    left = [each.name for each in applied_within(model) if each.name in _NOT_PLAIN]
     if left:
         raise ConversionError(f"a plain model would not compute {left[0]}, which cannot be folded: save the state dict")
     own = getattr(plain, "save_pretrained", None)
+    if callable(own) and any(getattr(each, "remove_norms", False) for each in applied_within(model)):
+        raise ConversionError(
+            f"a plain {type(plain).__name__} has the norm layers that were taken out of this one: save the state dict, "
+            "and load it into a model without them (tt.remove_norms_)"
+        )
     if callable(own):
         own(folder, **options)
         return

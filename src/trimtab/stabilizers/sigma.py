@@ -15,6 +15,7 @@ from trimtab.reparam.plan import choose
 from trimtab.stabilizers.parts import Layers, layers_filter
 from trimtab.stabilizers.registry import register
 from trimtab.stabilizers.stabilizer import Stabilizer
+from trimtab.stabilizers.undo import undone_on_error
 
 
 @register("sigma")
@@ -91,11 +92,12 @@ def convert_(
     sites, attentions = choose(model, config, filter_fn)
     if remove_norms and not any(is_norm(module) for module in model.modules()):
         raise ConversionError("remove_norms finds no norm layer: leave the option out")
-    if init_std is not None:
-        with torch.no_grad():
-            for weight in {id(site.weight): site.weight for site in sites}.values():
-                weight.normal_(std=init_std)
-    reparametrize_(model, config, filter_fn)
-    if remove_norms:
-        remove_norms_(model)
+    with undone_on_error(model, values=init_std is not None):
+        if init_std is not None:
+            with torch.no_grad():
+                for weight in {id(site.weight): site.weight for site in sites}.values():
+                    weight.normal_(std=init_std)
+        reparametrize_(model, config, filter_fn)
+        if remove_norms:
+            remove_norms_(model)
     return [*{id(module): module for module in [*(site.module for site in sites), *attentions]}.values()]

@@ -11,18 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trimtab.attention.softcap import softcapped_attention
+from trimtab.attention.softcap import soft_cap, softcapped_attention
 from trimtab.errors import ConversionError, RecipeError
 from trimtab.reparam import fastpath
 from trimtab.reparam.heads import Projections
-from trimtab.reparam.multihead import MultiheadAttention
-from trimtab.stabilizers.places import attention_modules, check_own_forward, output_head, own_forward_, refuse_hook
+from trimtab.stabilizers.clipper import refuse_clipped
+from trimtab.stabilizers.places import (
+    attention_modules,
+    check_own_forward,
+    output_head,
+    own_forward_,
+    refuse_hook,
+    refuse_soft_cap,
+)
 from trimtab.stabilizers.registry import register
 from trimtab.stabilizers.stabilizer import Stabilizer
 
 # In a tuple, out of sight of whoever replaces the function by its names, as `trimtab.watch` does for a while.
 _SDPA = (F.scaled_dot_product_attention,)
 _SDPA_NAME = "scaled_dot_product_attention"
+_CHANGE_THAT = "change that one, or leave softcap away"
 
 
 @register("softcap")
@@ -36,6 +44,7 @@ class SoftCap(Stabilizer):
 
     When not to use it: where the memory or speed of fused attention is needed, since no fused kernel has a cap: the
     logits are stored, (batch, heads, queries, keys) in float32. Far beyond the cap the gradient of a logit vanishes.
+    And not with qk-clip, which goes by the size of the attention logits.
 
     Attributes:
         attention: c of the attention logits; None leaves them as they are.
@@ -65,6 +74,8 @@ class SoftCap(Stabilizer):
             ConversionError: attention, or the layer that makes the final logits, is not found, is capped already, or
                 is computed in a way that cannot be capped.
         """
+        if self.attention is not None:
+            refuse_clipped(model, "which goes by the size of the logits, that a soft cap hides: take attention=none")
         found = [] if self.attention is None else attention_modules(model, "softcap")
         for attention in found:
             _refuse_strange(attention, model)
@@ -72,7 +83,7 @@ class SoftCap(Stabilizer):
         if self.logits is not None:
             head = output_head(model, self.head, "softcap")
             refuse_hook(head, _CapLogits, "a soft cap")
-            _refuse_own_cap(model, "the model", ("final_logit_softcapping",))
+            refuse_soft_cap(model, "the model", _CHANGE_THAT, ("final_logit_softcapping",))
         for attention in found:
             if isinstance(attention.holder, nn.MultiheadAttention):
                 own_forward_(attention.holder)
@@ -81,13 +92,8 @@ class SoftCap(Stabilizer):
                 attention.holder.__dict__["attention_softcap"] = self.attention
                 attention.holder.__class__ = _capped_class(type(attention.holder))
         if head is not None and self.logits is not None:
-            head.register_forward_hook(_CapLogits(self.logits))
+            head.register_forward_hook(_CapLogits(self.logits), prepend=True)  # z-loss, say, is of the capped logits
         fastpath.switch_off_(model)
-
-
-def soft_cap(logits: Tensor, softcap: float) -> Tensor:
-    """Return ``softcap · tanh(logits / softcap)``; its derivative is ``1 - tanh²(logits / softcap)``."""
-    return softcap * torch.tanh(logits / softcap)
 
 
 @dataclass(frozen=True)
@@ -161,13 +167,11 @@ def _rebuild(plain: type[nn.Module]) -> nn.Module:
 def _refuse_strange(attention: Projections, model: nn.Module) -> None:
     """Raise a ConversionError if a module's attention is capped, or cannot be."""
     holder, name = attention.holder, attention.name or "the model"
-    if isinstance(holder, _Capped) or (isinstance(holder, MultiheadAttention) and holder.softcap is not None):
-        raise ConversionError(f"{name} has a soft cap already")
+    for owner in (holder, model):
+        refuse_soft_cap(owner, name, _CHANGE_THAT)
     if isinstance(holder, nn.MultiheadAttention):
         check_own_forward(holder, attention.name)
         return
-    for owner in (holder, model):
-        _refuse_own_cap(owner, name, ("attn_logit_softcapping", "softcap", "logit_cap", "attn_logit_softcap"))
     config = getattr(holder, "config", None) or getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in (None, "sdpa"):
@@ -180,13 +184,6 @@ def _refuse_strange(attention: Projections, model: nn.Module) -> None:
             f"{name} ({type(holder).__name__}) computes attention without {_SDPA_NAME}, so that its logits cannot be "
             "capped: use that function, or take attention=none"
         )
-
-
-def _refuse_own_cap(owner: nn.Module, name: str, options: tuple[str, ...]) -> None:
-    for place in (owner, getattr(owner, "config", None)):
-        own = next((option for option in options if getattr(place, option, None)), None)
-        if own is not None:
-            raise ConversionError(f"{name} has a soft cap of its own ({own}): change that one, or leave softcap away")
 
 
 def _may_call_sdpa(cls: type) -> bool:

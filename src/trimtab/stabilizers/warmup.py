@@ -20,7 +20,7 @@ class Warmup(Stabilizer):
     diverges long after the start.
 
     Attributes:
-        steps: how many; None is a tenth of the run's.
+        steps: how many; None is a tenth of the recipe's, also where a limit of seconds may end the run sooner.
     """
 
     steps: int | None = None
@@ -31,5 +31,14 @@ class Warmup(Stabilizer):
             raise RecipeError(f"warmup: steps must be at least 1, got {self.steps}")
 
     def changes(self, recipe: Any) -> dict[str, Any]:
-        """Set the recipe's warmup steps."""
+        """Set the recipe's warmup steps.
+
+        Raises:
+            RecipeError: the recipe has no steps to take a tenth of.
+        """
+        if self.steps is None and not hasattr(recipe, "steps"):
+            raise RecipeError(
+                f"warmup takes a tenth of the recipe's steps, and {type(recipe).__name__} has no field 'steps': say "
+                "how many, warmup:steps=..."
+            )
         return {"warmup_steps": self.steps if self.steps is not None else max(1, recipe.steps // 10)}

@@ -52,8 +52,8 @@ def save_checkpoint(folder: Path, state: TrainState, *, keep: int, best: bool) -
         folder: the run's.
         state: what to save; it is not changed, and no random number is drawn.
         keep: how many of the last checkpoints stay, this one included.
-        best: whether this step is the best so far; the best one stays as long as no better one comes. Its metrics are
-            ``state.facts["best"]``.
+        best: whether this step is the best that was saved so far; it stays as long as no better one comes. Its metrics
+            are ``state.facts["metrics"]``.
 
     Raises:
         CheckpointError: it cannot be written, or something in the state is neither a tensor nor a plain value; on
@@ -73,7 +73,10 @@ def save_checkpoint(folder: Path, state: TrainState, *, keep: int, best: bool) -
             with suppress(OSError):
                 sync(folder / name)
         write_checkpoint(folder_of(checkpoints, state.step), files, content)
-        drop_others(checkpoints, state.step, keep)
+        try:
+            drop_others(checkpoints, state.step, keep)
+        except OSError as error:  # this one is whole; the next save tries again
+            logger.warning("older checkpoints in %s could not be dropped: %s", checkpoints, error)
 
     ranks.first_does(write)
 

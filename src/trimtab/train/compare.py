@@ -89,6 +89,7 @@ def compare(
         RunFolderError: the folder holds another compare, or something else.
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
+    lrs, seeds = [float(lr) for lr in lrs], [int(seed) for seed in seeds]  # NumPy's are no JSON
     places = plan(arms, lrs, seeds, folder)
     facts = dict(facts or {})
     _refuse_no_jobs(jobs)

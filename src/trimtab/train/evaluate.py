@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
+from trimtab.reparam.carried import is_sharded
 from trimtab.tasks.task import Batch, Examples, Task
 from trimtab.train.hardware import reshard_
 from trimtab.train.order import derived_seed
@@ -44,6 +45,7 @@ def evaluate(
             metric of the name that decides, or one of a name that a line of the log has.
     """
     totals: dict[str, Tensor] = {}
+    _share_buffers(model, fabric.world_size)
     with kept(fabric.device), _eval_mode(model):
         generator = torch.Generator().manual_seed(derived_seed("evaluation", seed, fabric.global_rank))
         for indices, valid in _shares(examples.size, batch_size, fabric.global_rank, fabric.world_size):
@@ -51,9 +53,9 @@ def evaluate(
             with fabric.autocast():
                 scores = _scores(task, model, batch, len(indices))
             for name, values in scores.items():
-                totals[name] = totals.get(name, 0) + values[:valid].double().sum()
+                totals[name] = totals.get(name, 0) + _wide(values[:valid]).sum()
     reshard_(model)
-    sums = torch.stack([totals[name] for name in totals])
+    sums = torch.stack(list(totals.values()))
     if fabric.world_size > 1:
         torch.distributed.all_reduce(sums)
     metrics = task.summarize(dict(zip(totals, (sums / examples.size).tolist(), strict=True)))
@@ -83,6 +85,11 @@ def _scores(task: Task, model: nn.Module, batch: Batch, size: int) -> dict[str, 
     if task.score is None:
         raise RecipeError("a task needs a score to be measured")
     scores = task.score(model, batch)
+    if not isinstance(scores, dict) or not scores:
+        raise RecipeError(
+            'the task\'s score must be a dict of tensors by name, {"accuracy": ...}, '
+            f"got {'an empty one' if isinstance(scores, dict) else type(scores).__name__}"
+        )
     for name, values in scores.items():
         if not isinstance(values, Tensor) or values.shape != (size,):
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -91,6 +98,22 @@ def _scores(task: Task, model: nn.Module, batch: Batch, size: int) -> dict[str, 
                 f"{name!r} is {found}: take no mean over the batch"
             )
     return scores
+
+
+def _share_buffers(model: nn.Module, processes: int) -> None:
+    """Measure with the buffers of the first process, which are those that are saved: each has seen other batches."""
+    if processes == 1:
+        return
+    for buffer in model.buffers():
+        if not is_sharded(buffer):
+            first = buffer.detach().clone(memory_format=torch.contiguous_format)
+            torch.distributed.broadcast(first, 0)
+            if not torch.equal(first, buffer):  # a constant may be a view that cannot be written to
+                buffer.copy_(first)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return (values.cpu() if values.device.type == "mps" else values).double()  # Apple's GPUs have no float64
 
 
 @contextmanager

@@ -22,7 +22,7 @@ RUN, RESULT, ERROR = "run.json", "result.json", "error.json"
 _OURS = {RUN, RESULT, ERROR, STEPS, "heads.json", "checkpoints", *ARRAYS}
 _LOCK = ".lock"
 # What two runs of one recipe must share to be the same bit for bit.
-_EXACT = ("trimtab", "torch", "python", "platform", "machine", "threads", "device", "strategy")
+_EXACT = ("trimtab", "torch", "python", "platform", "machine", "threads", "accelerator", "strategy")
 
 
 class Found(NamedTuple):

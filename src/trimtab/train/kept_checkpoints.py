@@ -62,7 +62,7 @@ def drop_others(checkpoints: Path, step: int, keep: int) -> None:
             remove(path)
     if best is None:
         return
-    metrics = content["facts"].get("best", {}) if isinstance(content["facts"], dict) else {}
+    metrics = content["facts"].get("metrics", {})
     text = json.dumps({"step": step_of(best), "metrics": metrics}) + "\n"
     pointer = checkpoints / "best.json"
     if not pointer.is_file() or pointer.read_text() != text:

@@ -37,7 +37,8 @@ class Loader:
         step = first_step
         if self._fabric.device.type != "cuda":
             while True:
-                yield self._make(step)
+                made = self._make(step)
+                yield made if self._fabric.device.type == "cpu" else self._fabric.to_device(made)
                 step += 1
         with ThreadPoolExecutor(max_workers=1) as thread:
             ahead = thread.submit(self._make, step)

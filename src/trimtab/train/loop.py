@@ -35,6 +35,7 @@ from trimtab.train.outcome import (
     elapsed,
     end_of,
     first_facts,
+    is_better,
     note_metrics,
     note_times,
     progress_of,
@@ -45,7 +46,7 @@ from trimtab.train.randomness import numerics, seed_all
 from trimtab.train.schedule import learning_rate_factor, set_learning_rates
 from trimtab.train.signals import Interruption
 from trimtab.train.state import TrainState
-from trimtab.train.step import scaler_of, step_function
+from trimtab.train.step import all_finite, scaler_of, step_function
 from trimtab.watch import Watch
 from trimtab.watch.reduce import Ranks
 
@@ -163,43 +164,56 @@ def _run(
 
                 clock.pause(logged)
                 facts = state.facts
+                broken.logical_or_(~all_finite(task.model))  # a loss can be finite and its gradient not
                 facts["loss"], diverged, interrupted = agree(fabric, loss, broken, interruption.asked)
                 facts["diverged"] = diverged and (logged or ends)  # it shows in the next line of the log
                 note_times(facts, clock, loader, seconds)
                 status = end_of(recipe, state)
-                better, metrics = False, {}
+                metrics: dict[str, float] = {}
                 if task.evaluation is not None and (status is not None or step % recipe.eval_every == 0):
                     metrics = measure(task.evaluation)
-                    better = note_metrics(facts, metrics, task, step)
+                    note_metrics(facts, metrics, task, step)
                     status = end_of(recipe, state)
                 watch.step(facts["loss"], **(metrics if logged else {}))
                 if logged and on_step is not None and fabric.is_global_zero:
                     on_step(progress_of(recipe, state, clock, worst.name))
                 if status is None and interrupted:
                     status = "interrupted"
+                better = facts["best_step"] == step
                 if not diverged and (saves or status is not None or (better and recipe.patience is not None)):
-                    _save(folder, state, recipe.keep, better)
+                    _save(folder, state, recipe.keep, metrics, task)
 
         if status == "interrupted":
             return result_of(folder, status, recipe, task, state, {}, fabric.device)
-        if recipe.patience is not None and (best := best_checkpoint(folder)) is not None:
-            load_weights(best, task.model, average)
+        if recipe.patience is not None and state.facts["best"]:
+            _load_best(folder, task, average)
             state.facts["metrics"] = measure(task.evaluation)
         test = measure(task.test)
         state.facts["seconds"] = clock.seconds()
         result = Ranks().gather(result_of(folder, status, recipe, task, state, test, fabric.device))[0]
-    if fabric.is_global_zero:
-        write_result(result)
-    fabric.barrier()
+    Ranks().first_does(lambda: write_result(result))
     return result
 
 
-def _save(folder: Path, state: TrainState, keep: int, best: bool) -> None:
+def _save(folder: Path, state: TrainState, keep: int, metrics: dict[str, float], task: Task) -> None:
     """Save a checkpoint; a disk that is full is no reason to stop: there is the one before."""
+    before = state.facts["best_saved"]
+    best = is_better(metrics, before, task)
+    if best:
+        state.facts["best_saved"] = metrics
     try:
         save_checkpoint(folder, state, keep=keep, best=best)
     except CheckpointError as error:
+        state.facts["best_saved"] = before
         logger.warning("no checkpoint was saved at step %d; training goes on. %s", state.step, error)
+
+
+def _load_best(folder: Path, task: Task, average: Average | None) -> None:
+    best = best_checkpoint(folder)
+    if best is None:
+        logger.warning("no whole checkpoint of the best weights is left in %s: the last weights count", folder)
+    else:
+        load_weights(best, task.model, average)
 
 
 def _log(
@@ -237,6 +251,8 @@ def _description(recipe: Recipe, fabric: "Fabric", hardware: Hardware) -> dict[s
 
 def _check(recipe: Recipe, task: Task, processes: int) -> None:
     """Refuse what does not fit together."""
+    if not isinstance(task, Task):
+        raise RecipeError(f"{type(recipe).__name__}.task must return a Task, it returned {type(task).__name__}")
     if recipe.batch_size > task.train.size:
         raise RecipeError(f"batch_size {recipe.batch_size} is larger than the {task.train.size:,} training examples")
     if recipe.batch_size % (recipe.accumulate * processes):

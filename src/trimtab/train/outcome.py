@@ -26,6 +26,7 @@ def first_facts(initial: dict[str, float]) -> dict[str, Any]:
         "metrics": {},
         "best": {},
         "best_step": 0,
+        "best_saved": {},
         "without_better": 0,
         "loss": math.nan,
         "diverged": False,
@@ -49,15 +50,22 @@ def end_of(recipe: Recipe, state: TrainState) -> Status | None:
     return None
 
 
-def note_metrics(facts: dict[str, Any], metrics: dict[str, float], task: Task, step: int) -> bool:
-    """Write an evaluation into the facts; returns whether it is the best so far. One that is NaN never is."""
+def note_metrics(facts: dict[str, Any], metrics: dict[str, float], task: Task, step: int) -> None:
+    """Write an evaluation into the facts."""
     facts["metrics"] = metrics
-    new, old = metrics[task.metric], facts["best"].get(task.metric)
-    better = not math.isnan(new) and (old is None or (new > old if task.higher_is_better else new < old))
+    better = is_better(metrics, facts["best"], task)
     if better:
         facts |= {"best": metrics, "best_step": step}
     facts["without_better"] = 0 if better else facts["without_better"] + 1
-    return better
+
+
+def is_better(new: dict[str, float], old: dict[str, float], task: Task) -> bool:
+    """Whether metrics are better than others, which may be empty. Neither empty ones nor NaN ever are."""
+    if math.isnan(new.get(task.metric, math.nan)):
+        return False
+    if not old:
+        return True
+    return new[task.metric] > old[task.metric] if task.higher_is_better else new[task.metric] < old[task.metric]
 
 
 def agree(fabric: "Fabric", loss: Tensor, broken: Tensor, asked: bool) -> tuple[float, bool, bool]:

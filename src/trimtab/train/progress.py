@@ -46,9 +46,9 @@ class Result:
 
     Attributes:
         folder: the run folder.
-        status: "finished"; "diverged" when the loss left the finite numbers (such a run stops at its next logged
-            step); "stopped early" by its patience; "out of time"; or "interrupted" by Ctrl-C or SIGTERM, which alone
-            writes no result.json, so that the same command goes on.
+        status: "finished"; "diverged" when the loss or a weight left the finite numbers (such a run stops at its
+            next logged step); "stopped early" by its patience; "out of time"; or "interrupted" by Ctrl-C or SIGTERM,
+            which alone writes no result.json, so that the same command goes on.
         steps: optimiser steps taken.
         loss: of the last batch.
         initial: the metrics before the first step.
@@ -87,10 +87,20 @@ RESULT = "result.json"
 
 
 def write_result(result: Result) -> None:
-    """Write result.json into the run's folder, aside and then renamed."""
+    """Write result.json into the run's folder, aside and then renamed.
+
+    Raises:
+        RunFolderError: the disk is full.
+    """
     content = asdict(result)
     del content["folder"]
-    write_json(result.folder / RESULT, content)
+    try:
+        write_json(result.folder / RESULT, content)
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {result.folder / RESULT}: {error.strerror or error}. All is saved: make room, and the "
+            "same command ends the run"
+        ) from error
 
 
 def read_result(folder: Path) -> Result | None:

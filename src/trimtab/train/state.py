@@ -31,8 +31,8 @@ class TrainState:
         scaler: torch's GradScaler under fp16.
         watch: the Watch that looks on, or the plain log in its place.
         step: optimiser steps taken.
-        facts: plain values that JSON can hold: seconds so far, initial and best metrics ("best", with the metrics by
-            name), evaluations without a better.
+        facts: plain values that JSON can hold: seconds so far; metrics by name ("metrics" of the last evaluation,
+            "best", "best_saved"); evaluations without a better.
     """
 
     model: nn.Module

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from trimtab.errors import RecipeError
+from trimtab.reparam.carried import local
 from trimtab.stabilizers import auxiliary_loss
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Batch, Task
@@ -27,9 +28,15 @@ def step_function(
     again, clipping included, with the same random numbers: the passes of SAM see the same dropout.
 
     Raises:
-        RecipeError: such an optimiser is one of several, or meets fp16.
+        RecipeError: `Recipe.optimizers` returned something else than optimisers, or an optimiser with a closure is one
+            of several, or meets fp16; or, in a step, the task's loss is no mean that can be trained on.
     """
     scaler = scaler_of(fabric)
+    if not isinstance(optimizers, list | tuple) or not all(isinstance(each, Optimizer) for each in optimizers):
+        raise RecipeError(
+            f"the recipe's `optimizers` must return a list of torch optimisers, got {type(optimizers).__name__}: "
+            "put a single one in a list"
+        )
     closure_wanted = [each for each in optimizers if isinstance(each, LBFGS) or getattr(each, "needs_closure", False)]
     if closure_wanted and (len(optimizers) > 1 or scaler is not None):
         name = type(closure_wanted[0]).__name__
@@ -47,7 +54,7 @@ def step_function(
         for number, batch in enumerate(batches, 1):
             with nullcontext() if number == len(batches) else _not_yet_shared(model):
                 with fabric.autocast():
-                    loss = task.loss(model, batch)
+                    loss = _checked(task.loss(model, batch))
                 added = auxiliary_loss(task.model)
                 part = loss.detach()
                 loss = loss if added is None else loss + added
@@ -93,6 +100,27 @@ def step_function(
 def scaler_of(fabric: "Fabric") -> Any:
     """Torch's GradScaler under fp16, None otherwise."""
     return getattr(fabric.strategy.precision, "scaler", None)
+
+
+@torch.no_grad()
+def all_finite(model: nn.Module) -> Tensor:
+    """Whether all trained weights are finite numbers, (), bool; of sharded ones, this process's part of them."""
+    parts = [part for p in model.parameters() if p.requires_grad and (part := local(p.detach())).numel()]
+    if not parts:
+        return torch.tensor(True)
+    return torch.stack(list(torch._foreach_norm(parts, ord=torch.inf))).isfinite().all()
+
+
+def _checked(loss: Any) -> Tensor:
+    if isinstance(loss, Tensor) and loss.shape == () and loss.requires_grad:
+        return loss
+    if not isinstance(loss, Tensor):
+        found = type(loss).__name__
+    elif loss.shape != ():
+        found = f"one of shape {tuple(loss.shape)}: take the mean over the examples"
+    else:
+        found = "one without a gradient: compute it from the model's outputs, outside of no_grad and detach"
+    raise RecipeError(f"the task's loss must be a tensor of shape () to train on, got {found}")
 
 
 @contextmanager

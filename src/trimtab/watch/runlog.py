@@ -131,8 +131,15 @@ class RunLog:
         lines.seek(size)
         if not (self._folder / "heads.json").exists():
             return
-        named = json.loads((self._folder / "heads.json").read_text(encoding="utf-8"))["heads"]
-        self._heads = [Head(head["module"], head["head"]) for head in named]
+        try:
+            named = json.loads((self._folder / "heads.json").read_text(encoding="utf-8"))["heads"]
+            self._heads = [Head(head["module"], head["head"]) for head in named]
+        except (ValueError, KeyError, TypeError) as error:
+            self.close()
+            raise RunFolderError(
+                f"{self._folder / 'heads.json'}, which names the rows of the arrays beside it, is damaged ({error}): "
+                "choose another folder"
+            ) from None
         row = 4 * len(self._heads)
         for name in ARRAYS:
             path = self._folder / name
