@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()  # what cannot be written is found out here, not when Python ends
         return code
-    except SystemExit as end:  # tyro has printed its message
-        return end.code if isinstance(end.code, int) else 0
+    except SystemExit as end:  # tyro has printed its help, or a recipe's own file has had enough
+        return _fail(end.code) if isinstance(end.code, str) else end.code or 0
     except KeyboardInterrupt:
         print("stopped; what was logged until now is kept", file=sys.stderr)
         return 130

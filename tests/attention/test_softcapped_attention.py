@@ -52,11 +52,13 @@ def test_a_far_cap_is_none() -> None:
     torch.testing.assert_close(output, expected)
 
 
-def test_a_query_that_sees_no_key_attends_to_nothing() -> None:
+@pytest.mark.parametrize("masked", ["bool", "float"])
+def test_a_query_that_sees_no_key_attends_to_nothing(masked: str) -> None:
     query, key, value = (each.requires_grad_() for each in _inputs())
     visible = torch.ones(5, 7, dtype=torch.bool)
     visible[2] = False
-    output, _ = softcapped_attention(query, key, value, 2.0, visible)
+    added = torch.zeros(5, 7, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+    output, _ = softcapped_attention(query, key, value, 2.0, visible if masked == "bool" else added)
     assert bool((output[:, :, 2] == 0).all())
     output.sum().backward()
     assert all(bool(each.grad.isfinite().all()) for each in (query, key, value))

@@ -21,7 +21,8 @@ def test_every_column_is_documented_in_its_order() -> None:
 
 
 def test_every_measure_is_documented(tmp_path: Path) -> None:
-    [found] = comparisons(collect([write_compare(tmp_path / "c", {"none": {0.1: [1.0]}, "sigma": {0.1: [1.0]}})]))
+    runs = {0.1: [1.0], 0.2: [1.0]}
+    [found] = comparisons(collect([write_compare(tmp_path / "c", {"none": runs, "sigma": runs})]))
     titles = [each.measure.title.replace("accuracy", "metric") for each in measure_all(found)]
     documented = re.findall(r"^\| ([^|]+) \|", DOCS.split("## Measures")[1].split("##")[0], re.MULTILINE)
     assert {title for cell in documented for title in (cell, *cell.split(", "))} >= set(titles)

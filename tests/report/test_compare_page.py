@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import NAN, write_compare, write_json, write_run
+from run_folders import NAN, recipe_of, write_compare, write_json, write_run
 
 from trimtab.errors import RunFolderError
 from trimtab.report.collect import collect
@@ -16,6 +16,7 @@ from trimtab.report.compare_words import headline, told
 from trimtab.report.comparison import comparisons
 from trimtab.report.looks import looks
 from trimtab.report.measured import measure_all
+from trimtab.report.page import log_axis
 
 NOISE = 0.01 * np.random.default_rng(0).random((2, 3, 5))
 CLEAR = {
@@ -134,7 +135,7 @@ def test_each_run_keeps_its_curves_with_their_spikes(tmp_path: Path) -> None:
     losses: list[float | str] = [2.0] * 3000
     losses[1234] = 77.0
     losses[-1] = NAN
-    alarm = {"step": 12350, "kind": "loss spike", "message": "</script><b>low & behold</b>"}
+    alarm = {"step": 12350, "kind": "loss spike", "message": "<!--<script></script><b>low & behold</b>"}
     folder = write_run(tmp_path / "c" / "long", "sigma", losses=losses, alarms=[alarm])
     write_run(tmp_path / "c" / "short")
     write_compare_page([tmp_path / "c"], tmp_path / "page.html")
@@ -143,8 +144,8 @@ def test_each_run_keeps_its_curves_with_their_spikes(tmp_path: Path) -> None:
     steps, values = run["curves"]["loss"]  # type: ignore[index]
     assert values[steps.index(12350)] == 77
     assert len(steps) <= 202
-    assert run["alarms"] == [[12350, "loss spike", "</script><b>low & behold</b>"]]  # type: ignore[index]
-    assert text.count("</script><b>") == 0
+    assert run["alarms"] == [[12350, "loss spike", alarm["message"]]]  # type: ignore[index]
+    assert text.count("</script><b>") == text.count("<!--<script>") == 0
 
 
 def test_names_from_outside_are_text_on_the_page(tmp_path: Path) -> None:
@@ -187,8 +188,77 @@ def test_only_unfinished_runs_are_shown_without_measures(tmp_path: Path) -> None
     for seed in (0, 1):
         write_run(tmp_path / "c" / str(seed), seed=seed, result=False)
     written = write_compare_page([tmp_path / "c"], tmp_path / "page.html")
-    assert "Nothing is measured yet" in read(tmp_path / "page.html")[0]
-    assert written.summary.startswith("2 runs, nothing measured: 2 of 2 runs have no result yet")
+    assert "Nothing can be measured" in read(tmp_path / "page.html")[0]
+    first, second, *_ = written.summary.splitlines()
+    assert first == "2 runs; nothing can be measured."
+    assert second == "2 of 2 runs have no result yet; they are shown, not measured."
+
+
+def raises(folder: Path, arm: str, seeds: int) -> None:
+    """Runs at 0.1 that raised before they wrote anything but error.json."""
+    for seed in range(seeds):
+        place = folder / "runs" / arm / f"lr0.1-seed{seed}"
+        place.mkdir(parents=True)
+        write_json(place / "error.json", {"kind": "ValueError", "error": "no such thing", "arm": arm})
+    compare = json.loads((folder / "compare.json").read_text())
+    compare["arms"][arm] = recipe_of(arm, 0.1, 0, steps=20)
+    write_json(folder / "compare.json", compare)
+
+
+def test_an_arm_whose_runs_all_raised_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    folder = write_compare(tmp_path / "c", {"none": {0.1: [1.0, 1.0, 1.0]}})
+    raises(folder, "sigma", 3)
+    written = write_compare_page([folder], tmp_path / "page.html")
+    text, _ = read(tmp_path / "page.html")
+    assert "Runs that failed: 3 of 3 with sigma." in text
+    assert "sigma is not measured: its runs raised before they had a loss." in text
+    assert written.summary.splitlines()[-1] == "sigma is not measured: its runs raised before they had a loss."
+
+
+def test_a_compare_whose_runs_all_raised_says_why_and_draws_no_empty_picture(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    write_compare(tmp_path / "c", {})
+    raises(tmp_path / "c", "none", 2)
+    raises(tmp_path / "c", "sigma", 2)
+    written = write_compare_page([tmp_path / "c"], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    assert written.summary.startswith("4 runs; nothing can be measured.\n")
+    assert "Runs that failed: 2 of 2 with none and 2 of 2 with sigma." in text
+    assert sum("raised: ValueError: no such thing" in cell for row in reader.rows for cell in row) == 4
+    assert '<div id="figure-' not in text
+
+
+def test_a_compare_whose_runs_all_diverged_names_no_best_learning_rate(tmp_path: Path) -> None:
+    nothing = {0.1: [NAN] * 3, 0.2: [NAN] * 3}
+    written = write_compare_page([write_compare(tmp_path / "c", {"none": nothing, "sigma": nothing})], tmp_path / "p")
+    text, reader = read(tmp_path / "p")
+    assert "Runs that failed: 6 of 6 with none and 6 of 6 with sigma." in text
+    assert not any(" at 0.1" in cell for row in reader.rows[:3] for cell in row)
+    assert " at 0.1" not in written.summary
+    assert "Best accuracy, each" not in text
+
+
+def test_one_learning_rate_has_no_sensitivity_to_it(tmp_path: Path) -> None:
+    losses = {"none": {0.1: [1.0, 1.1, 1.2]}, "sigma": {0.1: [0.5, 0.61, 0.7]}}
+    written = write_compare_page([write_compare(tmp_path / "c", losses)], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    assert not any(cell.startswith("LR ") and cell != "LR" for row in reader.rows for cell in row)
+    assert "Best accuracy: sigma is first with 0.849; the seeds tell it from none 0.725." in text
+    assert "LR sensitivity" not in written.summary
+
+
+def test_one_seed_is_told_as_one(tmp_path: Path) -> None:
+    write_compare(tmp_path / "c", {"none": {0.1: [1.0], 0.2: [1.0]}, "sigma": {0.1: [0.5], 0.2: [0.6]}})
+    write_compare_page([tmp_path / "c"], tmp_path / "page.html")
+    text, reader = read(tmp_path / "page.html")
+    assert reader.bold == set()
+    assert "95 % interval" not in text
+    assert "With 1 seed no difference can be told from chance" in text
+
+
+def test_close_values_on_a_logarithmic_axis_have_ticks() -> None:
+    assert log_axis([3.6, 3.9]) == {"type": "linear"}  # 2 and 5 lie outside
+    assert log_axis([1.0, 30.0])["ticktext"] == ["1", "2", "5", "10", "20", "50", "100", "200", "500"]
 
 
 def test_unwatched_runs_have_no_picture_of_their_attention(tmp_path: Path) -> None:
@@ -203,7 +273,8 @@ def test_unwatched_runs_have_no_picture_of_their_attention(tmp_path: Path) -> No
 def test_a_single_run_compares_with_nothing(tmp_path: Path) -> None:
     written = write_compare_page([write_run(tmp_path / "run")], tmp_path / "page.html")
     assert read(tmp_path / "page.html")[1].bold == set()
-    assert "0.900 at 0.01" in written.summary
+    assert "0.900" in written.summary
+    assert "there is one arm" in written.summary
 
 
 def test_the_page_has_colours_for_the_night(tmp_path: Path) -> None:

@@ -74,6 +74,27 @@ def test_two_seeds_name_no_winner_and_one_has_no_interval(tmp_path: Path) -> Non
     assert all(math.isnan(low) for each in single.values() for low, _ in each.intervals.values())
 
 
+def test_an_arm_that_never_learns_wins_nothing_by_being_bad_everywhere(tmp_path: Path) -> None:
+    losses = {"none": {0.1: [0.5, 0.52, 0.51], 0.2: [0.9, 0.94, 0.95]}, "dead": {0.1: [NAN] * 3, 0.2: [NAN] * 3}}
+    found = compare(write_compare(tmp_path / "c", losses))
+    sensitivity = by_name(found)["lr_sensitivity"]
+    assert math.isnan(sensitivity.values["dead"])
+    assert sensitivity.winner is None
+    assert best_lr(found, "dead", by_name(found)["best_loss"].measure) is None
+    assert by_name(found)["share_failed"].values["dead"] == 1
+
+
+def test_one_example_of_accuracy_is_no_difference_however_alike_the_seeds(tmp_path: Path) -> None:
+    def accuracy(value: float) -> float:  # as `write_compare` makes it of a loss
+        return 4 * (1 - value)
+
+    one, other, far = (accuracy(right / 360) for right in (359, 358, 300))
+    losses = {"none": {0.1: [one] * 3}, "sigma": {0.1: [other] * 3}, "clip": {0.1: [far] * 3}}
+    found = by_name(compare(write_compare(tmp_path / "c", losses)))["best_metric"]
+    told = {(each.first, each.second): each.told for each in found.differences}
+    assert told == {("none", "sigma"): False, ("none", "clip"): True, ("sigma", "clip"): True}
+
+
 def test_the_order_of_the_runs_does_not_matter(tmp_path: Path) -> None:
     collection = collect([write_compare(tmp_path / "c", CURVES)])
     expected = [(each.values, each.intervals) for each in measure_all(comparisons(collection)[0])]

@@ -26,6 +26,13 @@ def test_student_t_against_the_integral_of_its_density(degrees: int, t: float) -
     assert student_t_p(t, degrees) == pytest.approx(1 - 2 * inside, abs=1e-6)
 
 
+def test_what_rounding_leaves_of_a_difference_is_not_told() -> None:
+    values = {"none": 0.1 + 0.2, "sigma": 0.3, "clip": 0.4}  # 0.30000000000000004
+    draws = {arm: np.full(10, value) for arm, value in values.items()}
+    told = {(each.first, each.second): each.told for each in differences(values, draws, 5)}
+    assert told == {("none", "sigma"): False, ("none", "clip"): True, ("sigma", "clip"): True}
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.9]) == [1.0, 1.0]

@@ -113,6 +113,48 @@ def test_under_sigma_reparam_gamma_is_scaled(sigma: str) -> None:
     assert torch.equal(model.blocks[0].attention.query.weight, weight)
 
 
+@pytest.mark.parametrize("other", ["qk-norm", "softcap:logits=none"])
+def test_what_hides_the_size_of_the_weights_is_refused_before_and_after(other: str) -> None:
+    for first, second in (("qk-clip", other), (other, "qk-clip")):
+        model = stabilize_(vit(), first)
+        before = model(images())
+        with pytest.raises(ConversionError, match=r"the model has qk-clip|leave qk-clip away"):
+            stabilize_(model, second)
+        torch.testing.assert_close(model(images()), before, rtol=0, atol=0)
+    stabilize_(stabilize_(vit(), "qk-clip"), "softcap:attention=none")  # the final logits are no matter
+
+
+def test_what_is_done_later_to_a_part_is_told_by_the_next_forward() -> None:
+    for later, why in (("qk-norm", "QK-norm already"), ("weight-norm", "no parameter of its own")):
+        model = stabilize_(vit(), "qk-clip")
+        stabilize_(model.blocks, later)
+        with pytest.raises(ConversionError, match=why):
+            model(images())
+
+
+def test_twice_in_one_model_is_refused() -> None:
+    model = vit()
+    stabilize_(model.blocks[0].attention, "qk-clip")
+    with pytest.raises(ConversionError, match="a part of it, has qk-clip already"):
+        stabilize_(model, "qk-clip")
+
+
+class _OneWeight(nn.Module):
+    num_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.key = self.query
+
+
+@pytest.mark.parametrize("spec", ["qk-clip", "qk-norm"])
+def test_one_weight_for_queries_and_keys_is_refused(spec: str) -> None:
+    """Each would be scaled, or normalised, twice."""
+    with pytest.raises(ConversionError, match="queries and keys with one weight"):
+        stabilize_(_OneWeight(), spec)
+
+
 def test_one_sigma_for_queries_and_values_is_refused() -> None:
     model = language_model("gpt2")
     with pytest.raises(ConversionError, match="one sigma for queries or keys and other rows"):

@@ -48,6 +48,23 @@ def test_what_no_plain_model_computes_is_refused(kept: str, tmp_path: Path) -> N
     assert not (tmp_path / "x").exists()
 
 
+def test_what_a_part_has_counts_too(tmp_path: Path) -> None:
+    model = tt.stabilize_(ViT(vit_digits().model), "sigma")
+    tt.stabilize_(model.blocks, "qk-norm")
+    with pytest.raises(tt.ConversionError, match="would not compute qk-norm"):
+        tt.save_pretrained(model, tmp_path / "x")
+
+
+def test_a_hugging_face_model_without_its_norms_is_refused(tmp_path: Path) -> None:
+    """Plain transformers would load it with fresh norms, which compute something else."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=7, n_positions=4, n_embd=8, n_layer=1, n_head=2)
+    model = tt.stabilize_(transformers.GPT2LMHeadModel(config), "sigma:remove_norms=true")
+    with pytest.raises(tt.ConversionError, match="the norm layers that were taken out"):
+        tt.save_pretrained(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_scaled_branches_are_saved_folded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ViT(vit_digits().model)

@@ -97,8 +97,9 @@ def test_models_that_cannot_be_capped_are_refused() -> None:
         "head_dim": 6,
     }
     config = transformers.Gemma2Config(vocab_size=17, num_key_value_heads=2, **sizes)
-    with pytest.raises(ConversionError, match="of its own"):
-        stabilize_(transformers.Gemma2ForCausalLM(config), "softcap")
+    for spec in ("softcap", "qk-clip"):
+        with pytest.raises(ConversionError, match=r"self_attn has a soft cap already \(attn_logit_softcapping\)"):
+            stabilize_(transformers.Gemma2ForCausalLM(config), spec)
     with pytest.raises(ConversionError, match="final_logit_softcapping"):
         stabilize_(transformers.Gemma2ForCausalLM(config), "softcap:attention=none")
     model = language_model("llama")

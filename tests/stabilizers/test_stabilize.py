@@ -41,6 +41,8 @@ def test_changes_of_a_recipe() -> None:
     assert with_changes(Bare(), "deepnorm") == Bare()  # a recipe without such a choice brings a post-LN model itself
     with pytest.raises(RecipeError, match="warmup sets warmup_steps, but Bare has no field 'warmup_steps'"):
         with_changes(Bare(), "warmup")
+    with pytest.raises(RecipeError, match=r"Inner has no field 'steps': say how many, warmup:steps="):
+        with_changes(Inner(), "warmup")
 
 
 @pytest.mark.parametrize("spec", ["warmup", "clip", "muon", "sigma+warmup"])
@@ -123,6 +125,7 @@ def test_part_of_a_model_can_be_stabilized_and_the_whole_folded() -> None:
     fold_(example.model)
     torch.testing.assert_close(example.logits(example.model), expected)
     assert example.model.state_dict().keys() == small("vit").model.state_dict().keys()
+    stabilize_(part.blocks, "layer-scale")  # again
 
 
 def test_none_changes_nothing_and_nothing_is_to_be_folded() -> None:

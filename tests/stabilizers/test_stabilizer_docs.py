@@ -1,5 +1,6 @@
 """docs/stabilizers.md knows every stabilizer with its options, and its code runs."""
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def test_every_stabilizer_is_named_once() -> None:
 def test_every_option_is_told() -> None:
     table = re.findall(r"^\| `[a-z-]+` \| `.*$", PAGE.split("## Options")[1], re.MULTILINE)
     assert table == option_rows()
+
+
+def test_what_is_named_exists() -> None:
+    names = re.findall(r"\b(?:trimtab|tt)(?:\.\w+)+", PAGE)
+    assert names
+    for name in names:
+        assert pydoc.locate(re.sub(r"^tt\.", "trimtab.", name)) is not None, name
 
 
 def test_the_code_runs() -> None:

@@ -118,6 +118,16 @@ def test_no_norm_to_remove_is_told_before_anything_changes() -> None:
     assert torch.equal(model[0].weight, before)
 
 
+@pytest.mark.parametrize("spec", ["sigma:init_std=1", "init-scale:init_std=1"])
+def test_weights_are_not_redrawn_when_their_layers_cannot_be_converted(spec: str) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model.get_submodule("1").gamma = 1.0  # in the way
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConversionError, match="already has an attribute 'gamma'"):
+        stabilize_(model, spec)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
 def test_options_out_of_range() -> None:
     for spec in ("sigma:init_std=0", "init-scale:init_std=-1"):
         with pytest.raises(RecipeError, match="init_std must be positive"):

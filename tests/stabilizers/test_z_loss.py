@@ -43,9 +43,12 @@ def test_recorded_in_training_alone(kind: str) -> None:
     assert auxiliary_loss(model) is None
 
 
-def test_of_the_capped_logits_when_there_is_a_cap() -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_of_the_capped_logits_when_there_is_a_cap(together: bool) -> None:
     model = vit()
-    stabilize_(model, "z-loss:coefficient=1+softcap:attention=none:logits=1")
+    specs = ("z-loss:coefficient=1", "softcap:attention=none:logits=1")
+    for spec in ["+".join(specs)] if together else specs:
+        stabilize_(model, spec)
     logits = model(images())
     torch.testing.assert_close(auxiliary_loss(model), logits.logsumexp(-1).square().mean())
     assert float(logits.detach().abs().max()) <= 1

@@ -405,7 +405,7 @@ def test_a_real_limit_on_file_size(saved: Path) -> None:
 def small(step: int, value: float = 0.0) -> TrainState:
     model = nn.Linear(2, 2)
     nn.init.constant_(model.weight, value)
-    return TrainState(model, [], step=step, facts={"best": {"accuracy": value}})
+    return TrainState(model, [], step=step, facts={"metrics": {"accuracy": value}})
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -458,6 +458,24 @@ def test_the_best_is_known_though_its_pointer_was_never_written(tmp_path: Path) 
     save_checkpoint(tmp_path, small(3), keep=1, best=False)
     assert steps_in(tmp_path) == [1, 3]
     assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["step"] == 1
+
+
+def test_an_older_checkpoint_that_cannot_be_dropped_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(tmp_path, small(1), keep=1, best=False)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trimtab.train.kept_checkpoints.os.replace", full)  # of best.json
+        save_checkpoint(tmp_path, small(2), keep=1, best=True)
+    (record,) = caplog.records
+    assert "could not be dropped: [Errno 28] No space left on device" in record.message
+    assert newest_checkpoint(tmp_path) == best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    save_checkpoint(tmp_path, small(3), keep=1, best=False)
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text())["step"] == 2
 
 
 # Weights alone

@@ -16,8 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trimtab.models import ViTConfig
 from trimtab.stabilizers import stabilize_
 from trimtab.tasks.images import ImagesRecipe, vit_digits
+from trimtab.tasks.task import Examples, Task
 from trimtab.train import Hardware, read_result, train
 from trimtab.train.checkpoint import load_weights
+from trimtab.train.evaluate import evaluate
+from trimtab.train.hardware import launched
 from trimtab.train.kept_checkpoints import newest_checkpoint
 
 # Every part at once; no checkpoint between two evaluations, which would let FSDP2 drop weights that it still held
@@ -75,6 +78,18 @@ def check(rank: int, folder: str) -> None:
     terminate.remove()
     result = train(RECIPE, f"{folder}/fsdp", hardware=hardware)
     assert result == read_result(Path(folder, "fsdp"))
+
+    # Running averages of each process's own batches: those of the first are saved, so those are measured with.
+    model = nn.BatchNorm1d(1).requires_grad_(False)
+    model.running_mean.fill_(3 * rank)
+    model.register_buffer("constant", torch.zeros(()).expand(4), persistent=False)
+    ones = Examples(3, lambda indices, generator: torch.ones(len(indices), 1))
+    task = Task(
+        model, ones, lambda model, batch: batch.sum(), ones, None, lambda model, x: {"eval_loss": model(x)[:, 0]}
+    )
+    with launched(hardware, "32") as fabric:
+        measured = evaluate(fabric, model, task, ones, 2, 0)
+    assert measured == {"eval_loss": pytest.approx(1.0, rel=1e-4)}  # BatchNorm's own 1e-5 below the root
 
 
 def test_two_processes_are_as_one(tmp_path: Path) -> None:

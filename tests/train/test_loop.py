@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from engine_recipes import Small, assert_same, examples, lines, numbers, squared_error, trained
 from torch import Tensor, nn
 
-from trimtab.errors import DataError, RecipeError
+from trimtab.errors import DataError, RecipeError, RunFolderError
 from trimtab.models import ViTConfig
 from trimtab.stabilizers import stabilize_
 from trimtab.tasks.images import ImagesRecipe, vit_digits
@@ -162,6 +162,93 @@ def test_a_run_that_diverges_is_a_result_and_saves_nothing_more(tmp_path: Path) 
     assert (again.status, again.steps) == ("diverged", 5)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cliff(Small):
+    """Its loss is always finite; the gradient of one step is not."""
+
+    at: int = 8
+
+    def task(self) -> Task:
+        task, forwards = super().task(), iter(range(1, 99))
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            zero = 0 * model[0].bias.sum()
+            return squared_error(model, batch) + (zero.sqrt() if next(forwards) == self.at else zero)
+
+        return replace(task, loss=loss)
+
+
+@pytest.mark.parametrize("steps", [20, 8], ids=["going on", "last step"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, steps: int) -> None:
+    recipe = Cliff(steps=steps, checkpoint_every=2, keep=1)
+    result = train(recipe, tmp_path)
+    assert (result.status, result.steps) == ("diverged", 8)
+    assert math.isfinite(result.loss)
+    assert math.isnan(result.metrics["eval_loss"])
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000006"]
+    train(Small(steps=6), tmp_path / "until then")
+    assert_same(trained(recipe, tmp_path), trained(recipe, tmp_path / "until then"))
+
+
+def _one_loss_each(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"loss": _one_loss_each}, r"got one of shape \(16,\): take the mean over the examples"),
+        ({"loss": lambda model, batch: squared_error(model, batch).item()}, "got float"),
+        ({"loss": lambda model, batch: squared_error(model, batch).detach()}, "got one without a gradient"),
+        ({"score": _one_loss_each}, "score must be a dict of tensors by name, .* got Tensor"),
+        ({"score": lambda model, batch: {}}, "got an empty one"),
+        (None, "Wrong.task must return a Task, it returned Sequential"),
+    ],
+)
+def test_a_task_with_a_mistake_is_told_of_it(tmp_path: Path, part: dict[str, object] | None, message: str) -> None:
+    class Wrong(Small):
+        def task(self) -> Task:
+            task = super().task()
+            return task.model if part is None else replace(task, **part)
+
+    with pytest.raises(RecipeError, match=message):
+        train(Wrong(), tmp_path)
+
+
+def test_one_optimizer_that_is_not_in_a_list(tmp_path: Path) -> None:
+    class Single(Small):
+        def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+            return torch.optim.SGD(model.parameters(), self.lr)
+
+    with pytest.raises(RecipeError, match="must return a list of torch optimisers, got SGD"):
+        train(Single(), tmp_path)
+
+
+def test_a_full_disk_at_the_end_costs_the_result_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trimtab.train.progress.write_json", full)
+        with pytest.raises(RunFolderError, match=r"result\.json: No space left .* the same command ends the run"):
+            train(Small(), tmp_path / "twice")
+    again = train(Small(), tmp_path / "twice")
+    once = train(Small(), tmp_path / "once")
+    assert (again.steps, again.metrics, again.test) == (once.steps, once.metrics, once.test)
+
+
+def test_going_on_elsewhere_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(Small(), tmp_path)
+    (tmp_path / "result.json").unlink()
+    info = json.loads((tmp_path / "run.json").read_text()) | {"accelerator": "cuda"}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    train(Small(), tmp_path)
+    (record,) = caplog.records
+    assert "accelerator cuda then, cpu now" in record.message
+
+
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(DataError, match="digit"):
@@ -224,6 +311,26 @@ def test_it_stops_early_and_keeps_the_best_weights(tmp_path: Path) -> None:
         model = recipe.task().model
     load_weights(tmp_path / "early" / "checkpoints" / "step-00000008", model)
     assert_same(model.state_dict(), trained(recipe, tmp_path / "until then"))
+
+
+def test_without_patience_the_best_of_those_that_are_saved_stays(tmp_path: Path) -> None:
+    script = (5.0, 4.0, 3.0, 2.0, 3.5, 1.0)  # at steps 2, 4 ... 12; saved are 4, 8 and 12
+    train(Scripted(watch_every=2, eval_every=2, checkpoint_every=4, keep=1, script=script), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/step-*")) == ["step-00000004", "step-00000012"]
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text())
+    assert best == {"step": 4, "metrics": {"gain": 4.0}}
+
+
+def test_best_weights_that_are_damaged_are_not_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = Scripted(eval_every=4, patience=2, script=(3.0, 2.0, 1.0), watch_every=4)
+    assert train(recipe, tmp_path).best_step == 4
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000004" / "model.safetensors").unlink()
+    assert train(recipe, tmp_path).status == "stopped early"
+    (record,) = caplog.records
+    assert "no whole checkpoint of the best weights" in record.message
 
 
 def test_the_test_is_taken_with_the_best_weights(tmp_path: Path) -> None:

@@ -136,13 +136,13 @@ def test_a_damaged_result_is_told_of(tmp_path: Path) -> None:
 
 
 def test_other_versions_and_devices_are_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    begun(tmp_path, torch="1.0", threads=999, device="cpu")
-    with open_folder(tmp_path, RUN | {"device": "cuda:0", "arm": "sigma"}):
+    begun(tmp_path, torch="1.0", threads=999, accelerator="cpu")
+    with open_folder(tmp_path, RUN | {"accelerator": "cuda", "arm": "sigma"}):
         pass
     (record,) = caplog.records
     assert "torch 1.0 then, " in record.message
     assert "threads 999 then, " in record.message
-    assert "device cpu then, cuda:0 now" in record.message
+    assert "accelerator cpu then, cuda now" in record.message
     assert "not the same bit for bit" in record.message
 
 

@@ -200,6 +200,17 @@ def test_rows_that_are_missing_are_nan(run, tmp_path, lost: str) -> None:
         assert rows.isnan().all(1).tolist() == ([False, True, True, False] if name == lost else [False] * 4)
 
 
+def test_damaged_names_of_the_heads_are_told_of_and_nothing_is_touched(run, tmp_path) -> None:
+    one = run()
+    with one.watch(tmp_path) as watch:
+        one.train(watch, 2)
+    (tmp_path / "heads.json").write_text('{"heads": [')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunFolderError, match=r"heads\.json, which names the rows .* is damaged"):
+        one.watch(tmp_path, resume=True).__enter__()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_without_resume_a_used_folder_stays_refused(run, tmp_path) -> None:
     one = run()
     with one.watch(tmp_path / "run") as watch:

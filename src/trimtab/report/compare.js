@@ -18,6 +18,7 @@ function logTicks(data) {
   const known = data.flatMap(trace => trace.y).filter(value => value > 0);
   if (!known.length) return {};
   const log = known.map(Math.log10), low = Math.min(...log), high = Math.max(...log), tickvals = [];
+  if (high - low < 0.4) return {type: "linear"};  // there is hardly a tick among them
   for (let e = Math.floor(low); e <= Math.ceil(high); e++)
     for (const m of high - low < 2.5 ? [1, 2, 5] : [1]) tickvals.push(m * 10 ** e);
   return {range: [low - 0.1, high + 0.1], tickvals, ticktext: tickvals.map(tick => `${+tick.toPrecision(1)}`)};

@@ -54,9 +54,9 @@ def _measures_table(comparison: Comparison, title: str, shown: Sequence[Measured
 
 
 def differences_table(comparison: Comparison, measured: Sequence[Measured]) -> list[Table]:
-    """What the seeds can tell, pair by pair; empty with one arm."""
+    """What the seeds can tell, pair by pair; empty with one arm, or too few seeds to tell anything."""
     contested = [each for each in measured if each.differences]
-    if not contested:
+    if not contested or len(comparison.seeds) < MIN_SEEDS:
         return []
     pairs = [(each.first, each.second) for each in contested[0].differences]
     rows = [

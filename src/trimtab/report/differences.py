@@ -16,6 +16,8 @@ LEVEL = 0.05
 MIN_SEEDS = 3
 """With fewer seeds than this nothing is told."""
 
+_DUST = 1e-9  # of the largest value: what rounding may leave of a difference that is none
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -74,13 +76,15 @@ def differences(
             rounding two numbers to such steps, step / sqrt(6).
     """
     pairs = list(combinations(values, 2))
+    known = [abs(value) for value in values.values() if math.isfinite(value)]
+    floor = max(step / math.sqrt(6), _DUST * max(known, default=0.0))
     raw = []
     for first, second in pairs:
         drawn = draws[first] - draws[second]
         spread = math.inf
         if num_seeds >= 2 and np.isfinite(drawn).all():
             spread = float(drawn.std()) * math.sqrt(num_seeds / (num_seeds - 1))
-        raw.append(_p_value(values[first] - values[second], max(spread, step / math.sqrt(6)), num_seeds))
+        raw.append(_p_value(values[first] - values[second], max(spread, floor), num_seeds))
     corrected = holm(raw)
     return [
         Difference(

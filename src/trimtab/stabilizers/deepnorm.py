@@ -15,7 +15,7 @@ from trimtab.stabilizers.residual import (
     fold_branches_,
     last_linear,
     residual_branches,
-    scale_branch_,
+    scale_branches_,
 )
 from trimtab.stabilizers.rows import Rows, all_rows, expect_scalable, scale_, value_rows
 from trimtab.stabilizers.stabilizer import Stabilizer
@@ -54,9 +54,11 @@ class DeepNorm(Stabilizer):
         shrunk = [(rows, constants[block][1]) for block, rows in _rows_with_beta(model, branches)]
         for rows, _ in shrunk:
             expect_scalable(rows)
-        for branch, norm in zip(branches, norms, strict=True):
-            alpha = constants[branch.block][0]
-            scale_branch_(branch, [1 / alpha], trained=False)
+        alphas = [constants[branch.block][0] for branch in branches]
+        scale_branches_(
+            model, [(branch, [1 / alpha]) for branch, alpha in zip(branches, alphas, strict=True)], trained=False
+        )
+        for norm, alpha in zip(norms, alphas, strict=True):
             norm.eps /= alpha**2
         with torch.no_grad():
             for rows, beta in shrunk:

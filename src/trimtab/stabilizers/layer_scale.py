@@ -7,7 +7,7 @@ from torch import nn
 
 from trimtab.errors import RecipeError
 from trimtab.stabilizers.registry import register
-from trimtab.stabilizers.residual import expect_unscaled, fold_branches_, residual_branches, scale_branch_, width_of
+from trimtab.stabilizers.residual import expect_unscaled, fold_branches_, residual_branches, scale_branches_, width_of
 from trimtab.stabilizers.stabilizer import Stabilizer
 
 
@@ -42,8 +42,7 @@ class LayerScale(Stabilizer):
         expect_unscaled(branches)
         depth = len({branch.block for branch in branches})
         start = (0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6) if self.init == "depth" else float(self.init)
-        for branch in branches:
-            scale_branch_(branch, [start] * width_of(branch), trained=True)
+        scale_branches_(model, [(branch, [start] * width_of(branch)) for branch in branches], trained=True)
 
     def fold_(self, model: nn.Module) -> None:
         """Write the factors into weights and biases."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
+from trimtab.reparam import fastpath
 from trimtab.reparam.carried import is_sharded, memory_of
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import shared_with
@@ -137,21 +138,23 @@ def expect_unscaled(branches: list[Branch]) -> None:
             raise ConversionError(f"{branch.name} is on the meta device: give it values first")
 
 
-def scale_branch_(branch: Branch, scale: list[float], trained: bool) -> None:
-    """Multiply what a branch adds by a scale.
+def scale_branches_(model: nn.Module, scales: list[tuple[Branch, list[float]]], trained: bool) -> None:
+    """Multiply what branches add by scales.
 
     Args:
-        branch: one without a scale.
-        scale: one value, or one for each feature.
-        trained: whether the scale is a parameter; a buffer otherwise.
+        model: the model that they are in.
+        scales: branches without a scale, each with one value, or one for each feature.
+        trained: whether the scales are parameters; buffers otherwise.
     """
-    weight: Tensor = last_linear(branch.layer).weight  # type: ignore[assignment]
-    values = torch.tensor(scale, dtype=torch.float64).to(weight.device, weight.dtype)
-    if trained:
-        branch.layer.register_parameter(_SCALE, nn.Parameter(values))
-    else:
-        branch.layer.register_buffer(_SCALE, values)
-    branch.layer.register_forward_hook(scale_output)
+    for branch, scale in scales:
+        weight: Tensor = last_linear(branch.layer).weight  # type: ignore[assignment]
+        values = torch.tensor(scale, dtype=torch.float64).to(weight.device, weight.dtype)
+        if trained:
+            branch.layer.register_parameter(_SCALE, nn.Parameter(values))
+        else:
+            branch.layer.register_buffer(_SCALE, values)
+        branch.layer.register_forward_hook(scale_output)
+    fastpath.switch_off_(model)
 
 
 def scale_output(module: nn.Module, args: Any, output: Any) -> Any:
@@ -183,6 +186,7 @@ def fold_branches_(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if hook is scale_output:
                 del module._forward_hooks[key]
+    fastpath.restore_(model)
 
 
 def _expect_foldable(model: nn.Module, name: str, linear: nn.Module, module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from trimtab.errors import ConversionError
 from trimtab.reparam import remove_norms_
 from trimtab.reparam.norms import is_norm
 from trimtab.stabilizers.registry import register
-from trimtab.stabilizers.residual import expect_unscaled, fold_branches_, residual_branches, scale_branch_
+from trimtab.stabilizers.residual import expect_unscaled, fold_branches_, residual_branches, scale_branches_
 from trimtab.stabilizers.stabilizer import Stabilizer
 
 
@@ -37,8 +37,7 @@ class ReZero(Stabilizer):
         expect_unscaled(branches)
         if self.remove_norms and not any(is_norm(module) for module in model.modules()):
             raise ConversionError("remove_norms finds no norm layer: leave the option out")
-        for branch in branches:
-            scale_branch_(branch, [0.0], trained=True)
+        scale_branches_(model, [(branch, [0.0]) for branch in branches], trained=True)
         if self.remove_norms:
             remove_norms_(model)
 

@@ -1,10 +1,12 @@
 """Every recipe by name, a user's own from a Python file, and the one that a run.json tells of."""
 
 import importlib.util
+import inspect
 import sys
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,13 +34,13 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]()
-    path, colon, inside = name.rpartition(":")
-    if colon and path.endswith(".py"):
-        return _own_recipe(Path(path), inside)
-    if name.endswith(".py"):
-        known = _makers(_module(Path(name)))
+    path, _, inside = name.rpartition(":") if ":" in name else (name, "", "")
+    if path.endswith(".py"):
+        if inside:
+            return _own_recipe(Path(path), inside)
+        known = _makers(_module(Path(path)))
         found = f"; there are: {', '.join(known)}" if known else ""
-        raise RecipeError(f"which recipe of {name}? Write {name}:NAME{found}")
+        raise RecipeError(f"which recipe of {path}? Write {path}:NAME{found}")
     names = ", ".join(RECIPES)
     raise RecipeError(f"unknown recipe {name!r}.{nearest(name, RECIPES)} There are: {names}; yours: file.py:NAME")
 
@@ -62,7 +64,10 @@ def recipe_of(run_info: Mapping[str, Any]) -> Recipe:
 def _recipe_class(run_info: Mapping[str, Any]) -> type[Recipe]:
     name = run_info.get("recipe_name")
     if isinstance(name, str):
-        return type(find_recipe(name))
+        try:
+            return type(find_recipe(name))
+        except RecipeError as error:
+            raise RecipeError(f"{error}. The run.json says so in its recipe_name, {name!r}: a path is taken from here") from error
     classes = {type(make()).__name__: type(make()) for make in RECIPES.values()}
     task = str(run_info.get("task"))
     if task not in classes:
@@ -92,7 +97,25 @@ def _own_recipe(path: Path, name: str) -> Recipe:
         raise RecipeError(
             f"{name}() of {path} returned something {_kind(recipe)}; expected a trimtab.tasks.recipe.Recipe"
         )
+    _check_class(path, type(recipe))
     return recipe
+
+
+def _check_class(path: Path, recipe: type[Recipe]) -> None:
+    """Refuse a class that would train something else than it says, or nothing."""
+    if recipe.task is Recipe.task:
+        raise RecipeError(f"{recipe.__name__} of {path} has no method `task`: write one that returns a Task")
+    for cls in recipe.__mro__[: recipe.__mro__.index(Recipe)]:
+        written = inspect.get_annotations(cls)
+        if written and "__dataclass_fields__" not in vars(cls):
+            raise RecipeError(
+                f"{cls.__name__} of {path} is no dataclass, so that its {', '.join(written)} would not count: write "
+                "@dataclass(frozen=True, kw_only=True) above it"
+            )
+        for name in {field.name for field in fields(Recipe)} & vars(cls).keys() - written.keys():
+            raise RecipeError(
+                f"{name} of {cls.__name__} in {path} has no type, so that it would not count: write {name}: TYPE = ..."
+            )
 
 
 def _module(path: Path) -> ModuleType:
@@ -113,7 +136,7 @@ def _module(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.parent))  # as `python file.py` would, for what lies beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise _failure(path, error) from error
     finally:
@@ -126,11 +149,14 @@ def _makers(module: ModuleType) -> list[str]:
     return [
         name
         for name, value in vars(module).items()
-        if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module.__name__
+        if not name.startswith("_")
+        and callable(value)
+        and getattr(value, "__module__", None) == module.__name__
+        and (not isinstance(value, type) or issubclass(value, Recipe))
     ]
 
 
-def _failure(path: Path, error: Exception) -> RecipeError:
+def _failure(path: Path, error: Exception | SystemExit) -> RecipeError:
     """An error that happened in a user's file, with the last line of that file that was being run."""
     if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
         line = error.lineno

@@ -108,7 +108,12 @@ def _plain(cls: Any, value: object, where: str) -> Any:
     elif cls is None or cls is type(None):
         if value is None:
             return None
-    elif isinstance(cls, type) and type(value) is cls:  # a bool is no int here
+    elif cls not in _WORDS:
+        raise RecipeError(
+            f"{where} is declared as {_name(cls)}, which a run.json cannot hold: declare it as bool, int, float, str, "
+            "None, Literal[...], tuple[...], list[...], dict[...], a union of such or a dataclass of such"
+        )
+    elif type(value) is cls:  # a bool is no int here
         return value
     raise RecipeError(f"{where} must be {_name(cls)}; got {value!r}")
 

@@ -1,6 +1,7 @@
 """What a person sees of one run: a live table in a terminal, a line for each logged step elsewhere."""
 
 import math
+import os
 import signal
 import sys
 import time
@@ -136,9 +137,20 @@ def figures(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
+class _Terminal(Console):
+    """A console that goes quiet when nobody reads it any more, for instance the `head` or `tee` behind a pipe."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console(quiet: bool = False) -> Console:
-    """The process's terminal. A file or pipe is never drawn on, whatever FORCE_COLOR says."""
-    return Console(quiet=quiet, highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+    """The process's terminal. A file or pipe is never drawn on, whatever FORCE_COLOR says.
+
+    A pipe that breaks does not end the run that is shown: what counts is in its folder.
+    """
+    return _Terminal(quiet=quiet, highlight=False, force_interactive=None if sys.stdout.isatty() else False)
 
 
 def title(left: str, right: str, width: int) -> Text:

@@ -89,7 +89,7 @@ def step_function(
                 losses.append(gradients(batches))
             return losses[-1]
 
-        closure_wanted[0].step(closure)  # type: ignore[arg-type]  # torch says float, and means a loss
+        closure_wanted[0].step(closure)  # torch says float, and means a loss
         if not losses:
             raise RecipeError(f"{type(closure_wanted[0]).__name__} never called the closure that it asked for")
         return losses[0]
