@@ -6,7 +6,7 @@
 
 All arms: AdamW without decay, 200 steps of 64 images, constant learning rate, the pre-LN model from Glorot's start (the
 best of those tried at its own best learning rate) unless the arm changes it:
-  none, N(0, 0.2²)    the best start found at high learning rates
+  none, N(0, 0.2²)    another start
   none, torch's start PyTorch's own
   sigma               sigma-Reparam with gamma 1 on every layer, weights N(0, 0.4²), no LayerNorm
   sigma, pre-LN       the same with LayerNorm

@@ -129,6 +129,19 @@ def test_a_library_that_is_not_there_is_named(
     assert capsys.readouterr().err == "error: this command needs tyro: pip install 'trimtab[lab]'\n"
 
 
+@pytest.mark.parametrize(("code", "expected", "said"), [(None, 0, ""), (3, 3, ""), ("enough", 2, "error: enough\n")])
+def test_an_exit_keeps_its_code_and_its_words(
+    code: int | str | None,
+    expected: int,
+    said: str,
+    command: Callable[[Callable[[list[str]], int]], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command(Mock(side_effect=SystemExit(code)))
+    assert main(["data", "list"]) == expected
+    assert capsys.readouterr().err == said
+
+
 def test_ctrl_c_is_exit_code_130(
     command: Callable[[Callable[[list[str]], int]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +163,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
 def test_the_module_is_the_command_and_writes_to_a_terminal_without_unicode(tmp_path: Path) -> None:
     """Of a message that it cannot write it writes what it can: the name that is unknown here has an ø."""
     done = subprocess.run(
-        [sys.executable, "-m", "trimtab", "train", "nøpe"],
+        [sys.executable, "-m", "trimtab", "nøpe"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -158,5 +171,5 @@ def test_the_module_is_the_command_and_writes_to_a_terminal_without_unicode(tmp_
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown recipe 'n?pe'.")
+    assert done.stderr.startswith("error: unknown command n?pe.")
     assert done.stderr.count("\n") == 1

@@ -100,6 +100,10 @@ def test_words_become_the_typed_fields() -> None:
             "unexpected 'True': a field is given as --FIELD VALUE, a switch without value; see trimtab try --help",
         ),
         (
+            "-lr 3",
+            "unexpected '-lr': a field is given as --FIELD VALUE, a switch without value. Did you mean --lr?",
+        ),
+        (
             "stray",
             "unexpected 'stray': a field is given as --FIELD VALUE, a switch without value; see trimtab try --help",
         ),

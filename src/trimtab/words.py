@@ -68,7 +68,8 @@ def _strange(word: str, known: Iterable[str], prog: str) -> str:
     """What to say of a word that is neither a field nor the value of one."""
     if not word.startswith("--"):
         near = nearest(f"-{word}", known) if word.startswith("-") else ""
-        return f"unexpected {word!r}: a field is given as --FIELD VALUE, a switch without value;{near or f' see {prog} --help'}"
+        rule = "a field is given as --FIELD VALUE, a switch without value"
+        return f"unexpected {word!r}: {rule}{f'.{near}' if near else f'; see {prog} --help'}"
     flag = word.partition("=")[0]
     return f"unknown field {flag}.{nearest(flag, known) or f' See {prog} --help'}"
 

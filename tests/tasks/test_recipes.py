@@ -181,6 +181,12 @@ from beside import SIZE
 class Mine(Recipe):
     size: int = SIZE
 
+    def task(self):
+        pass
+
+class Other:
+    pass
+
 def tiny():
     return Mine(size=2, steps=5)
 
@@ -228,13 +234,61 @@ def test_a_changed_file_is_another_module(own: Path) -> None:
         (":tny", r"mine\.py has no 'tny'\. Did you mean tiny\? There are: Mine, tiny, theirs, broken, empty"),
         (":number", "number of .* is of type int; expected a function that returns a Recipe"),
         (":empty", r"empty\(\) of .* returned something of type NoneType; expected"),
-        (":broken", r"mine\.py, line 17: RecipeError: lr must be a positive number"),
+        (":broken", r"mine\.py, line 23: RecipeError: lr must be a positive number"),
         ("", r"which recipe of .*\? Write .*mine\.py:NAME; there are: Mine, tiny"),
+        (":", r"which recipe of .*\? Write .*mine\.py:NAME; there are: Mine, tiny"),
     ],
 )
 def test_what_is_no_recipe_in_a_file_is_told_with_its_place(own: Path, name: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         find_recipe(f"{own}{name}")
+
+
+OWN_CLASS = """\
+from dataclasses import dataclass
+from pathlib import Path
+from trimtab.tasks.recipe import Recipe
+
+@dataclass(frozen=True, kw_only=True)
+class Sound(Recipe):
+    width: int = 8
+
+    def task(self):
+        pass
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("@dataclass(frozen=True)\nclass Mine(Recipe):\n    width: int = 3", "Mine of .* has no method `task`"),
+        ("class Mine(Sound):\n    lr: float = 0.1", r"Mine of .* is no dataclass, so that its lr would not count"),
+        ("class Mine(Sound):\n    width = 9", "width of Mine of .* has no type, so that it would not count"),
+        ("@dataclass(frozen=True)\nclass Mine(Sound):\n    lr = 0.1", "lr of Mine of .* has no type"),
+        (
+            "@dataclass(frozen=True)\nclass Mine(Sound):\n    data: Path = Path('x')",
+            "data is declared as Path, which a run.json cannot hold: declare it as bool, int, float, str",
+        ),
+        ("@dataclass(frozen=True)\nclass Mine(Sound):\n    sizes: tuple = ()", "sizes is declared as tuple, which"),
+    ],
+)
+def test_a_class_that_would_train_something_else_than_it_says_is_refused(
+    written: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"{OWN_CLASS}\n{written}\n")
+    with pytest.raises(RecipeError, match=message):
+        find_recipe(f"{path}:Mine")
+    path.write_text(f"{OWN_CLASS}\nclass Mine(Sound):\n    def loss(self):\n        pass\n")
+    assert find_recipe(f"{path}:Mine").lr == 1e-3  # it has no field of its own, so it need be no dataclass
+
+
+def test_a_run_json_whose_file_is_elsewhere_tells_where_the_name_is_from() -> None:
+    with pytest.raises(
+        RecipeError, match=r"gone\.py cannot be read .*\(the run\.json names the recipe 'gone\.py:Mine'"
+    ):
+        recipe_of({"task": "Mine", "recipe_name": "gone.py:Mine", "recipe": {}})
 
 
 def test_a_file_that_is_missing_or_does_not_run(tmp_path: Path) -> None:
@@ -243,6 +297,9 @@ def test_a_file_that_is_missing_or_does_not_run(tmp_path: Path) -> None:
     path = tmp_path / "fails.py"
     path.write_text("x = 1\ny = 1 / 0\n")
     with pytest.raises(RecipeError, match=r"fails\.py, line 2: ZeroDivisionError"):
+        find_recipe(f"{path}:x")
+    path.write_text("x = 1\nraise SystemExit('enough')\n")
+    with pytest.raises(RecipeError, match=r"fails\.py, line 2: SystemExit: enough"):
         find_recipe(f"{path}:x")
     path.write_text("x = 1\ny = = 2\n")
     with pytest.raises(RecipeError, match=r"fails\.py, line 2: SyntaxError"):

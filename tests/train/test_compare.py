@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,6 +204,10 @@ def test_a_folder_takes_one_compare_and_what_extends_it(tmp_path: Path) -> None:
     before = "["
     refused("compare.json is damaged", arms)
     assert not list(tmp_path.rglob("*.part"))
+    shutil.rmtree(folder / "runs")  # as of a compare that found no Ray cluster, say: nothing is lost
+    compare({"c": base}, np.array([0.1]), np.arange(1), folder, jobs=1, hardware=CPU)
+    content = json.loads((folder / "compare.json").read_text())
+    assert (list(content["arms"]), content["lrs"], content["seeds"]) == (["c"], [0.1], [0])
 
 
 def test_a_run_folder_that_cannot_be_used_is_left_alone_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -170,6 +170,27 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert written(shown).startswith("step 20/200  loss")
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_reader_that_has_seen_enough_does_not_end_the_run(gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        shown = terminal()
+        screen = RunScreen(Path("runs/x"), shown)
+        screen.show(progress(20))
+        seen = os.read(reader, 1000)
+        if gone:
+            os.close(reader)
+        for step in (40, 60, 80):
+            screen.show(progress(step))
+        shown.print("the end")
+        stream.flush()
+        if not gone:
+            seen += os.read(reader, 1000)
+            os.close(reader)
+    assert seen.count(b"step ") == (1 if gone else 4)
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.97531, "0.9753"), (-2.0, "-2.0000"), (161670.1, "1.617e+05"), (float("nan"), "nan")]
 )

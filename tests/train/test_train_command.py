@@ -111,8 +111,9 @@ def test_a_recipe_of_ones_own(engine: Engine, tmp_path: Path, capsys: pytest.Cap
         "class Mine(Recipe):\n"
         "    '''My own one.'''\n"
         "    width: int = 8\n"
+        "    def task(self): ...\n"
         "@dataclass(frozen=True, kw_only=True)\n"
-        "class Clash(Recipe):\n"
+        "class Clash(Mine):\n"
         "    folder: str = 'x'\n"
     )
     assert main(["train", "mine.py:Mine", "--width", "3"]) == 0
@@ -269,6 +270,10 @@ def test_only_the_first_of_several_processes_shows_anything(
         ("train vit-digits --model.dim 63", "dim"),
         ("train vit-digits --watch-every 7", "eval_every must be a multiple of watch_every"),
         ("train vit-digits --strategy dpp", "--strategy must be one of auto, ddp, fsdp; got 'dpp'"),
+        (
+            "train --form x",
+            "a recipe's name comes first, then --form: trimtab train NAME --form x. Did you mean --from?",
+        ),
         ("train --from nowhere", "there is no nowhere; --from takes the run.json of a run, or its folder"),
         ("train --from", "--from takes the run.json of a run"),
         ("train vit-digits --from x", "--from stands in the place of the recipe's name: leave vit-digits out"),

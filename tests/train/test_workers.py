@@ -173,10 +173,10 @@ def all_gone(pids: list[int]) -> bool:
 )
 def test_no_worker_is_left_and_their_last_words_are_heard(tmp_path: Path, number: signal.Signals) -> None:
     process, workers = start_stoppable(tmp_path)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
+    if number == signal.SIGKILL:
         process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)  # as a terminal does, and `timeout`
     out, _ = process.communicate(timeout=60)
     assert all_gone(workers)
     assert not (tmp_path / "c").exists()

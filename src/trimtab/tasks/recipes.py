@@ -67,7 +67,7 @@ def _recipe_class(run_info: Mapping[str, Any]) -> type[Recipe]:
         try:
             return type(find_recipe(name))
         except RecipeError as error:
-            raise RecipeError(f"{error}. The run.json says so in its recipe_name, {name!r}: a path is taken from here") from error
+            raise RecipeError(f"{error} (the run.json names the recipe {name!r}; a path begins here)") from error
     classes = {type(make()).__name__: type(make()) for make in RECIPES.values()}
     task = str(run_info.get("task"))
     if task not in classes:
@@ -112,10 +112,12 @@ def _check_class(path: Path, recipe: type[Recipe]) -> None:
                 f"{cls.__name__} of {path} is no dataclass, so that its {', '.join(written)} would not count: write "
                 "@dataclass(frozen=True, kw_only=True) above it"
             )
-        for name in {field.name for field in fields(Recipe)} & vars(cls).keys() - written.keys():
-            raise RecipeError(
-                f"{name} of {cls.__name__} in {path} has no type, so that it would not count: write {name}: TYPE = ..."
-            )
+        for field in fields(recipe):
+            if field.name in vars(cls).keys() - written.keys():
+                raise RecipeError(
+                    f"{field.name} of {cls.__name__} of {path} has no type, so that it would not count: write "
+                    f"{field.name}: TYPE = ..., in a dataclass"
+                )
 
 
 def _module(path: Path) -> ModuleType:

@@ -108,7 +108,7 @@ def _plain(cls: Any, value: object, where: str) -> Any:
     elif cls is None or cls is type(None):
         if value is None:
             return None
-    elif cls not in _WORDS:
+    elif get_origin(cls) not in (tuple, list, dict) and cls not in _WORDS:
         raise RecipeError(
             f"{where} is declared as {_name(cls)}, which a run.json cannot hold: declare it as bool, int, float, str, "
             "None, Literal[...], tuple[...], list[...], dict[...], a union of such or a dataclass of such"

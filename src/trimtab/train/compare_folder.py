@@ -9,6 +9,7 @@ from typing import Any
 from trimtab.errors import RunFolderError
 from trimtab.tasks.recipe import Recipe
 from trimtab.train.folder import first_difference
+from trimtab.train.grid import RUNS
 from trimtab.watch.runlog import to_json, write_json
 
 COMPARE = "compare.json"
@@ -19,7 +20,8 @@ def open_compare(
 ) -> None:
     """Make the folder, or find in it a compare that this one goes on with, and write compare.json.
 
-    compare.json has the recipe of every arm, and all learning rates and seeds that were ever asked for.
+    compare.json has the recipe of every arm, and all learning rates and seeds that were ever asked for. That of a
+    compare that did not come to its first run is replaced.
 
     Raises:
         RunFolderError: the folder holds a compare with an arm that this one lacks or has with another recipe, or it
@@ -30,14 +32,14 @@ def open_compare(
     before: dict[str, Any] = {"lrs": [], "seeds": []}
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file; a compare needs a folder")
-    if path.is_file():
+    if path.is_file() and (folder / RUNS).exists():
         try:
             before = json.loads(path.read_bytes())
             _refuse_another(folder, before["arms"], recipes)
             before = {"lrs": list(before["lrs"]), "seeds": list(before["seeds"])}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise RunFolderError(f"{path} is damaged; choose another folder, or remove {folder} first") from None
-    elif folder.is_dir() and any(entry.name != f"{COMPARE}.part" for entry in folder.iterdir()):
+    elif folder.is_dir() and any(entry.name not in (COMPARE, f"{COMPARE}.part") for entry in folder.iterdir()):
         raise RunFolderError(f"{folder} is not empty and holds no compare; choose another folder")
     content = {
         "recipe_name": recipe_name,

@@ -10,6 +10,7 @@ from trimtab.errors import RecipeError
 from trimtab.stabilizers import with_changes
 from trimtab.tasks.recipe import Recipe
 
+RUNS = "runs"  # the folder in a compare's that holds the runs
 _LONGEST = 120  # characters of an arm's folder: file systems allow 255 bytes
 _DIGITS = 6  # significant ones of a learning rate, as many as a folder's name shows
 
@@ -54,7 +55,7 @@ def plan(arms: Mapping[str, Recipe], lrs: Sequence[float], seeds: Sequence[int],
     for lr in lrs:
         if not (math.isfinite(lr) and lr > 0):
             raise RecipeError(f"a learning rate must be a positive number, got {lr:g}")
-    folders = {arm: Path(folder) / "runs" / folder_name(arm) for arm in arms}
+    folders = {arm: Path(folder) / RUNS / folder_name(arm) for arm in arms}
     taken: dict[str, str] = {}
     for arm, recipe in arms.items():
         other = taken.setdefault(folders[arm].name.lower(), arm)  # some file systems do not tell A from a

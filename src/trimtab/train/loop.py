@@ -205,15 +205,16 @@ def _save(folder: Path, state: TrainState, keep: int, metrics: dict[str, float],
         save_checkpoint(folder, state, keep=keep, best=best)
     except CheckpointError as error:
         state.facts["best_saved"] = before
-        logger.warning("no checkpoint was saved at step %d; training goes on. %s", state.step, error)
+        if Ranks().first:
+            logger.warning("no checkpoint was saved at step %d; training goes on. %s", state.step, error)
 
 
 def _load_best(folder: Path, task: Task, average: Average | None) -> None:
     best = best_checkpoint(folder)
-    if best is None:
-        logger.warning("no whole checkpoint of the best weights is left in %s: the last weights count", folder)
-    else:
+    if best is not None:
         load_weights(best, task.model, average)
+    elif Ranks().first:
+        logger.warning("no whole checkpoint of the best weights is left in %s: the last weights count", folder)
 
 
 def _log(

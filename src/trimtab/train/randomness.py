@@ -13,7 +13,9 @@ import torch
 def numerics(seed: int, device: torch.device) -> Iterator[None]:
     """Seed all generators and flush denormals, and leave everything as it was.
 
-    A collapsed softmax is full of denormals, which slow a CPU about 1.5 times; the results are the same.
+    A collapsed softmax is full of denormals, which slow a CPU about 1.5 times; the results are the same up to such
+    numbers. The mode is each thread's own: torch's threads have it if they are started in here, as in a new process,
+    and not if they have computed before.
     """
     flushing = sys.float_info.min / 2 == 0.0  # torch can set the mode but not tell it
     with kept(device):

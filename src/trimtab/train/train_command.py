@@ -21,6 +21,7 @@ from trimtab.train.loop import train
 from trimtab.train.progress import RESULT, Result
 from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
 from trimtab.train.screen import RunScreen, console, figures
+from trimtab.words import nearest
 
 _USAGE = """usage: trimtab train NAME [--FIELD VALUE ...] [--folder FOLDER]
        trimtab train --from FOLDER/run.json [--FIELD VALUE ...] [--folder FOLDER]
@@ -80,7 +81,8 @@ def train_command(words: Sequence[str]) -> int:
             _refuse_several(folder)
             again += ["--folder", str(folder)]
     elif first.startswith("-"):
-        raise RecipeError(f"a recipe's name comes first, then {first}: trimtab train NAME {shlex.join(words)}")
+        near = nearest(first, ["--from"])
+        raise RecipeError(f"a recipe's name comes first, then {first}: trimtab train NAME {shlex.join(words)}.{near}")
     elif any(word.partition("=")[0] == "--from" for word in rest):
         raise RecipeError(f"--from stands in the place of the recipe's name: leave {first} out")
     else:

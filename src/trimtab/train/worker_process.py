@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ def serve(connection: "Connection[Any, Any]", threads: int, environment: Mapping
         threads: of torch.
         environment: variables to set.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
     os.environ.update(environment)  # a fork has that of the server
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # a terminal's Ctrl-C is for the main process to handle

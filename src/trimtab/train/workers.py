@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -147,6 +148,9 @@ def _context(gpus: Sequence[str], preload: Sequence[str]) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([serve.__module__, *preload])
+    # A scheduler's SIGTERM goes to every process. Without the server nobody knows when a worker ends.
+    with _handler(signal.SIGTERM, signal.SIG_IGN):
+        forkserver.ensure_running()
     return context
 
 

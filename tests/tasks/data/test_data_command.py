@@ -56,7 +56,15 @@ def test_list_tells_what_is_here(folder: Path, capsys: pytest.CaptureFixture[str
     assert "absent; can be fetched" in line(text, "fashion-mnist")
     assert "absent" in line(text, "cifar10")
     assert "fetched" not in line(text, "cifar10")
-    assert str(folder) in text
+    assert text.endswith(f"data folder: {folder}\n")
+
+
+def test_list_tells_of_a_folder_that_is_not_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRIMTAB_DATA", str(folder / "misspelt"))
+    assert data_command(["list"]) == 0
+    assert capsys.readouterr().out.endswith("misspelt, which is not there yet\n")
 
 
 def test_check_names_every_file_that_is_damaged_or_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,13 @@ from trimtab.words import nearest
 _USAGE = f"""usage: trimtab data list | get NAME ... | check [NAME ...]
 
   list    the data sets by name, with their licences, and which of them are here
-  get     fetch data sets from where their owners publish them, into the data folder; interrupted, the same
-          command goes on where it was
-  check   hold every file of the named sets, or of all that are here, against its checksum; the exit code is 1
-          if one is damaged or missing
+  get     fetch data sets from where their owners publish them, into the data
+          folder; interrupted, the same command goes on where it was
+  check   hold every file of the named sets, or of all that are here, against its
+          checksum; the exit code is 1 if one is damaged or missing
 
-The data folder is the one that {FOLDER_VARIABLE} names, now {{folder}}."""
+The data folder is {{folder}};
+the environment variable {FOLDER_VARIABLE} names another."""
 
 
 def data_command(words: list[str]) -> int:
@@ -62,7 +63,7 @@ def _list() -> int:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         cells[2] = row[2].rjust(widths[2])
         print("  ".join([*cells, row[5]]).rstrip())
-    print(f"\ndata folder: {data_folder()}")
+    print(f"\ndata folder: {data_folder()}{'' if data_folder().is_dir() else ', which is not there yet'}")
     return 0
 
 

@@ -39,7 +39,7 @@ class ImagesRecipe(Recipe):
 
         Raises:
             DataError: the data set cannot be loaded.
-            RecipeError: the model or the batch size does not fit the data.
+            RecipeError: the model does not fit the data.
         """
         data = load_images(self.data)
         self._check_fit(data)
@@ -54,14 +54,12 @@ class ImagesRecipe(Recipe):
         )
 
     def _check_fit(self, data: ImageData) -> None:
-        """Refuse a model whose images or classes are not the data's, and a batch that the data cannot fill."""
-        count, channels, _, side = data.train_images.shape
+        """Refuse a model whose images or classes are not the data's."""
+        _, channels, _, side = data.train_images.shape
         for name, expected in (("image_size", side), ("in_channels", channels), ("num_classes", data.num_classes)):
             got = getattr(self.model, name)
             if got != expected:
                 raise RecipeError(f"{self.data} needs model {name} {expected}, the recipe has {got}")
-        if self.batch_size > count:
-            raise RecipeError(f"batch_size {self.batch_size} is larger than {self.data}'s {count:,} training images")
 
 
 def cross_entropy(model: nn.Module, batch: Images) -> Tensor:
