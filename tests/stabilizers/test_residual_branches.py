@@ -296,6 +296,21 @@ def test_weights_without_values_are_refused() -> None:
             stabilize_(model, spec)
 
 
+@pytest.mark.parametrize("spec", ["layer-scale:init=0.5", "deepnorm"])
+def test_an_encoder_with_padding_is_evaluated_without_nested_tensors(spec: str) -> None:
+    example = small("encoder")
+    encoder: Any = stabilize_(example.model, spec)
+    tokens = torch.randn(2, 5, 24, dtype=torch.float64)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = encoder(tokens, src_key_padding_mask=padding)
+    with torch.no_grad():
+        found = encoder.eval()(tokens, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding], **EXACT)
+    fold_(encoder)
+    assert encoder.use_nested_tensor
+    assert all(layer.activation_relu_or_gelu for layer in encoder.layers)
+
+
 def test_a_fold_that_fails_halfway_is_undone() -> None:
     example = small("vit")
     stabilize_(example.model, "sigma+layer-scale")

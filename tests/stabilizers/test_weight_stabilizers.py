@@ -169,6 +169,15 @@ def test_weight_norm_of_stored_transposed_weights_is_by_output() -> None:
     assert layer.get_parameter("parametrizations.weight.original0").shape == (1, 96)
 
 
+@pytest.mark.parametrize("other", ["qk-norm", "softcap:attention=0.1"])
+def test_weight_norm_of_gpt2_goes_together_with_others(other: str) -> None:
+    """Their layers are found under torch's parametrization, too."""
+    alone, both = small("gpt2"), small("gpt2")
+    stabilize_(alone.model, other)
+    stabilize_(both.model, f"weight-norm+{other}")
+    torch.testing.assert_close(both.logits(both.model), alone.logits(alone.model))
+
+
 def test_weight_norm_checks_first() -> None:
     torch.manual_seed(0)
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))

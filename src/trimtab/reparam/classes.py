@@ -92,8 +92,9 @@ def mixin_of(plain: type[nn.Module]) -> type[Reparametrized] | None:
         forwards = [name for name in ("forward", "_conv_forward") if hasattr(base, name)]
         if issubclass(plain, base) and all(getattr(plain, name) is getattr(base, name) for name in forwards):
             return mixin
-    if plain.__name__ == "Conv1D" and plain.__module__ == "transformers.pytorch_utils":
-        return TransposedLinear
+    for base in plain.__mro__:
+        if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            return TransposedLinear if plain.forward is vars(base).get("forward") else None
     return None
 
 

@@ -12,7 +12,7 @@ _MEMORY = "_fast_path_before"
 
 
 def switch_off_(model: nn.Module) -> None:
-    """Switch the fast path off in every encoder layer and encoder that holds a converted layer or lost a norm."""
+    """Switch the fast path off in every encoder layer and encoder with a converted layer, a hook or a lost norm."""
     if isinstance(model, Reparametrized) and keep_out not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(keep_out)
     for module in model.modules():
@@ -31,7 +31,7 @@ def keep_out(module: nn.Module, args: object) -> None:
 
 
 def restore_(model: nn.Module) -> None:
-    """Give the fast path back to layers that hold no converted layer any more and still have their norms."""
+    """Give the fast path back to layers that hold no converted layer or hook any more and still have their norms."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is keep_out:
             del model._forward_pre_hooks[key]
@@ -49,4 +49,5 @@ def _must_be_off(module: nn.Module) -> bool:
     lost_a_norm = any(
         not isinstance(layer.norm1, nn.LayerNorm) or not isinstance(layer.norm2, nn.LayerNorm) for layer in layers
     )
-    return lost_a_norm or any(isinstance(m, Reparametrized) for m in module.modules())
+    # A layer with hooks takes no fast path, but the encoder would still hand it nested tensors, which it cannot use.
+    return lost_a_norm or any(isinstance(m, Reparametrized) or m._forward_hooks for m in module.modules())

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from trimtab.errors import ConversionError
-from trimtab.stabilizers.parts import attention_of, is_projection
+from trimtab.reparam.blocks import is_linear
+from trimtab.stabilizers.parts import attention_of
 from trimtab.stabilizers.registry import register
 from trimtab.stabilizers.residual import (
     Branch,
@@ -121,7 +122,7 @@ def _rows_with_beta(model: nn.Module, branches: list[Branch]) -> list[tuple[str,
     for block in dict.fromkeys(branch.block for branch in branches):
         for own, module in model.get_submodule(block).named_modules():
             name = ".".join(part for part in (block, own) if part)
-            if is_projection(module) and (not of_attention(name) or id(module) in ends):
+            if is_linear(module) and (not of_attention(name) or id(module) in ends):
                 found.append((block, all_rows(module, name)))
             elif of_attention(name):
                 holder = model.get_submodule(name.rpartition(".")[0])

@@ -11,7 +11,8 @@ from torch import nn
 
 from trimtab.errors import ConversionError
 from trimtab.reparam import FilterFn
-from trimtab.reparam.blocks import FUSED, KEY_VALUE, SEPARATE
+from trimtab.reparam.blocks import FUSED, KEY_VALUE, SEPARATE, is_linear
+from trimtab.reparam.classes import mixin_of, plain_class_of
 from trimtab.reparam.norms import is_norm
 
 Layers = Literal["all", "blocks", "attention", "mlp"]
@@ -99,21 +100,15 @@ def is_within(name: str, around: tuple[str, ...]) -> bool:
     return any(not each or name == each or name.startswith(each + ".") for each in around)
 
 
-def is_projection(module: nn.Module) -> bool:
-    """Say whether a layer is nn.Linear or Hugging Face's Conv1D, converted or parametrized ones included."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
 def is_transposed(module: nn.Module) -> bool:
     """Say whether a layer is Hugging Face's Conv1D, whose weight is stored (in, out)."""
-    return any(
-        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
-    )
+    mixin = mixin_of(plain_class_of(module))
+    return mixin is not None and mixin.transposed
 
 
 def _makes_queries(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or any(
-        child is not None and name.lower() in _QUERIES and is_projection(getattr(child, "base_layer", child))
+        child is not None and name.lower() in _QUERIES and is_linear(getattr(child, "base_layer", child))
         for name, child in module._modules.items()
     )
 
@@ -130,10 +125,10 @@ def _is_block(modules: dict[str, nn.Module], name: str, attention: str) -> bool:
     if not name or not isinstance(modules[_parent(name)], nn.ModuleList | nn.Sequential | nn.ModuleDict):
         return False
     if name == attention:  # it makes queries itself
-        own_names = {own.lower() for own, each in block.named_children() if is_projection(each)}
+        own_names = {own.lower() for own, each in block.named_children() if is_linear(each)}
         return bool(own_names & (MLP_ENDS - ATTENTION_ENDS))
     inside = attention[len(name) :].lstrip(".")  # T5's blocks are lists, too, whose entries hold one thing each
-    return any(is_projection(each) and not is_within(own, (inside,)) for own, each in block.named_modules())
+    return any(is_linear(each) and not is_within(own, (inside,)) for own, each in block.named_modules())
 
 
 def _upwards(name: str) -> list[str]:

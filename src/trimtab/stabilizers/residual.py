@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
 from trimtab.reparam import fastpath
+from trimtab.reparam.blocks import is_linear
 from trimtab.reparam.carried import is_sharded, memory_of
 from trimtab.reparam.layers import Reparametrized
 from trimtab.reparam.plan import shared_with
@@ -20,7 +21,6 @@ from trimtab.stabilizers.parts import (
     attention_of,
     attentions,
     blocks,
-    is_projection,
     is_transposed,
     is_within,
 )
@@ -85,7 +85,7 @@ def _ends(model: nn.Module, block: str, of_attention: Callable[[str], bool]) -> 
         name = ".".join(part for part in (block, own) if part)
         if isinstance(module, nn.MultiheadAttention):
             found.append(Branch(name, module, "attention", block))
-        elif is_projection(module) and not _is_torchs(model, name):
+        elif is_linear(module) and not _is_torchs(model, name):
             sequence = _sequence_it_ends(model, name, module)
             short = (name if sequence is None else name.rpartition(".")[0]).rpartition(".")[2].lower()
             is_dense = f".{name}".endswith(f".{_DENSE_IN}")
@@ -103,7 +103,7 @@ def _sequence_it_ends(model: nn.Module, name: str, module: nn.Module) -> list[nn
     if not isinstance(holder, nn.Sequential):
         return None
     after = [child for child in holder if not isinstance(child, nn.Dropout | nn.Identity)]
-    return [child for child in after if is_projection(child)] if after[-1] is module else None
+    return [child for child in after if is_linear(child)] if after[-1] is module else None
 
 
 def _is_torchs(model: nn.Module, name: str) -> bool:

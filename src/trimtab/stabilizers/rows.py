@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
-from trimtab.reparam.blocks import SEPARATE, Place, parts_of
+from trimtab.reparam.blocks import SEPARATE, Place, is_linear, parts_of
 from trimtab.reparam.carried import carried_names, is_sharded
 from trimtab.reparam.layers import Reparametrized
-from trimtab.stabilizers.parts import FUSED_NAMES, is_projection, is_transposed
+from trimtab.stabilizers.parts import FUSED_NAMES, is_transposed
 from trimtab.stabilizers.weight_norm import weight_normed
 
 
@@ -44,7 +44,7 @@ def value_rows(holder: nn.Module, name: str, module: nn.Module) -> list[Rows]:
             return [all_rows(module, name, "v_proj_weight")]
         return [Rows(module, name, "in_proj_weight", 2 * module.embed_dim, 3 * module.embed_dim)]
     short = name.rpartition(".")[2]
-    if not is_projection(module):
+    if not is_linear(module):
         return []
     if short.lower() in SEPARATE["value"]:
         return [all_rows(module, name)]
