@@ -119,4 +119,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip() == "stopped; what was logged until now is kept"
+    assert err.splitlines() == [
+        "stopping: the runs under way save first; Ctrl-C again ends them at once",
+        "stopped; what was logged until now is kept",
+    ]

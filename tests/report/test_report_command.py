@@ -1,4 +1,5 @@
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from run_folders import NAN, write_compare, write_json, write_run
 from trimtab.errors import RunFolderError
 from trimtab.report.command import report_command
 from trimtab.report.export import RUN_COLUMNS
+from trimtab.train.folder import Found, open_folder
 
 FINALS = {"none": {0.01: [0.4, 0.41], 0.1: [1.5, NAN]}, "sigma": {0.01: [0.5, 0.52], 0.1: [0.45, 0.5]}}
 
@@ -132,3 +134,12 @@ def test_without_pyarrow_the_message_says_what_to_do(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RunFolderError, match="pip install pyarrow"):
         report_command([str(folder), "--parquet", str(tmp_path / "x.parquet")])
+
+
+def test_a_page_in_the_folder_of_a_run_does_not_keep_the_run_from_going_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", result=False)
+    assert report_command([str(folder)]) == 0
+    assert (folder / "report.html").is_file()
+    info = json.loads((folder / "run.json").read_text())
+    with open_folder(folder, info) as found:
+        assert found == Found()  # there is no checkpoint: it starts anew
