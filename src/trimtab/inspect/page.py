@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from trimtab.inspect.names import is_cross, layer_of
 from trimtab.inspect.report import Attention, Matrix, Report
 from trimtab.inspect.table import closing_lines, headline, number, numbers_of, plain, span
-from trimtab.report.page import FAINT, Figure, Panel, Table, axis, chart, page
+from trimtab.report.page import FAINT, Figure, Panel, Table, axis, chart, page, write_html
 
 _RAMP = plotly.colors.sequential.Cividis  # ordered in lightness, the same to every eye
 # Colours of Okabe and Ito, told apart by the colour-blind; and marks, told apart by all.
@@ -38,7 +38,7 @@ def write_page(report: Report, path: str | Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    Path(path).write_text(report_page(report), encoding="utf-8")
+    write_html(path, report_page(report))
 
 
 def report_page(report: Report) -> str:

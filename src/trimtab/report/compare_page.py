@@ -22,7 +22,7 @@ from trimtab.report.comparison import Comparison, comparisons
 from trimtab.report.looks import Look, looks
 from trimtab.report.measured import Measured, measure_all
 from trimtab.report.measures import TOLERANCE
-from trimtab.report.page import Block, Figure, Prose, page
+from trimtab.report.page import Block, Figure, Prose, page, write_html
 from trimtab.report.run_data import run_data
 
 _MOST = 4  # groups that are drawn; of more, only the runs are listed
@@ -70,7 +70,7 @@ def write_collection(
     if not collection.runs:
         raise RunFolderError(nothing_readable(collection))
     groups = tuple((group, tuple(measure_all(group, tolerance))) for group in comparisons(collection))
-    Path(out).write_text(compare_page(collection, groups, tolerance, title), encoding="utf-8")
+    write_html(out, compare_page(collection, groups, tolerance, title))
     summary = "\n\n".join(summary_text(group, measured) for group, measured in groups)
     return ComparePage(Path(out), summary, collection, groups)
 

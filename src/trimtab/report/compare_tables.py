@@ -12,10 +12,8 @@ from trimtab.report.page import Table
 from trimtab.report.run_data import ending
 from trimtab.report.summary import RunSummary
 
-_IN_TERMINAL = (
-    *("best_metric", "best_loss", "lr_sensitivity", "lr_range_decades", "share_failed"),
-    *("entropy_min", "max_logit", "step_time_ratio"),
-)
+# A terminal is narrow: the page has the others.
+_IN_TERMINAL = ("best_metric", "best_loss", "lr_sensitivity", "share_failed", "step_time_ratio")
 
 
 def measures_tables(comparison: Comparison, measured: Sequence[Measured]) -> list[Table]:

@@ -17,7 +17,7 @@ from trimtab.report.demo_arms import (
     of_arm,
     seed,
 )
-from trimtab.report.page import Figure, Table, page
+from trimtab.report.page import Figure, Table, page, write_html
 from trimtab.report.runlog import Floats, Run, read_run
 
 _COLUMNS = (
@@ -45,7 +45,7 @@ def write_demo_page(folders: Sequence[str | Path], path: str | Path) -> None:
         RunFolderError: a folder cannot be read, or the arms have no learning rate in common.
     """
     text = demo_page([read_run(folder) for folder in folders])
-    Path(path).write_text(text, encoding="utf-8")
+    write_html(path, text)
 
 
 def demo_page(runs: Sequence[Run]) -> str:

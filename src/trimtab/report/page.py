@@ -1,10 +1,12 @@
 """One self-contained HTML page: plotly.js is inside it, and it asks the network for nothing."""
 
+import contextlib
 import html
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import plotly.graph_objects as go
 import plotly.offline
@@ -131,6 +133,19 @@ def page(
         data=_inside_script(data),
         script=script,
     )
+
+
+def write_html(path: str | Path, text: str) -> None:
+    """Write a page aside, then rename it: on a full disk an older page stays whole."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def axis(title: str, **settings: object) -> dict[str, object]:

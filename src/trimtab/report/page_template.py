@@ -93,7 +93,7 @@ td.soft {{ color: var(--soft); }}
 th[title] {{ text-decoration: underline dotted; text-underline-offset: 3px; cursor: help; }}
 tr[data-key] {{ cursor: pointer; }}
 tr[data-key]:hover, tr[data-key]:focus {{ background: var(--faint); }}
-.scroll {{ max-height: 36em; overflow-y: auto; }}
+.scroll {{ max-height: 60em; overflow-y: auto; }}
 .scroll thead th {{ position: sticky; top: 0; background: var(--paper); }}
 .below {{ font-size: 15px; margin-top: 10px; }}
 details {{ margin-top: 32px; }}

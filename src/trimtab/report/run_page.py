@@ -9,7 +9,7 @@ import plotly.colors
 from trimtab.errors import RunFolderError
 from trimtab.report.collect import flat
 from trimtab.report.compare_words import count, join, number
-from trimtab.report.page import FAINT, Block, Figure, Panel, Prose, Table, axis, chart, log_axis, page
+from trimtab.report.page import FAINT, Block, Figure, Panel, Prose, Table, axis, chart, log_axis, page, write_html
 from trimtab.report.run_data import ending
 from trimtab.report.runlog import Run, read_run
 from trimtab.report.summary import RunSummary
@@ -30,7 +30,7 @@ def write_run_page(summary: RunSummary, out: str | Path) -> None:
     Raises:
         OSError: the page cannot be written.
     """
-    Path(out).write_text(run_page(summary, _run(summary.folder)), encoding="utf-8")
+    write_html(out, run_page(summary, _run(summary.folder)))
 
 
 def run_page(summary: RunSummary, run: Run | None) -> str:
