@@ -61,7 +61,11 @@ def by_hand(recipe: Small, factor: Any = lambda step: 1.0) -> tuple[nn.Module, l
     torch.manual_seed(recipe.seed)
     task = recipe.task()
     model = task.model
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, recipe.lr, fused=True)
     average = [p.detach().clone() for p in model.parameters()]
     torch.manual_seed(derived_seed("training", recipe.seed, 0))
     for step in range(1, recipe.steps + 1):

@@ -37,11 +37,26 @@ def test_muon_gets_the_matrices_inside_and_adamw_the_rest() -> None:
     matrices = names(model, muon.param_groups[0]["params"])
     inside = ("attention.query", "attention.key", "attention.value", "attention.out", "mlp.up", "mlp.down")
     assert sorted(matrices) == sorted(f"blocks.{i}.{layer}.weight" for i in range(4) for layer in inside)
-    rest = names(model, adamw.param_groups[0]["params"])
+    rest = names(model, [p for group in adamw.param_groups for p in group["params"]])
     assert {"position", "patches.weight", "head.weight", "blocks.0.mlp.up.gamma", "norm.bias"} <= set(rest)
     assert len(rest) + len(matrices) == len(list(model.parameters()))
     for optimizer in (muon, adamw):
         assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.01, 0.1)
+
+
+def test_what_has_one_dimension_does_not_decay() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.LayerNorm(3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    reparametrize_(model[0])
+    (optimizer,) = build_optimizers(Recipe(weight_decay=0.1), model)
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert names(model, decayed["params"]) == ["0.weight", "2.parametrizations.weight.original1"]
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no parameter to train"):
+        build_optimizers(Recipe(), nn.Identity())
 
 
 def test_embeddings_and_a_head_tied_to_one_are_not_for_muon() -> None:

@@ -142,10 +142,10 @@ def write_html(path: str | Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was asked for
 
 
 def axis(title: str, **settings: object) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """The optimisers that a recipe names, made for a model."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     """Make the optimisers of a recipe for a model that is where, and in the shards that, it will be trained.
 
+    Weights decay; biases, gains of norms, gammas and scales of branches, which have one dimension, do not.
+
     Raises:
-        RecipeError: this torch has no Muon, or the model nothing for it.
+        RecipeError: nothing can be trained, this torch has no Muon, or the model nothing for it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RecipeError("the model has no parameter to train")
     lr, betas, decay = recipe.lr, recipe.betas, recipe.weight_decay
     if recipe.optimizer == "sgd":
-        return [SGD(trained, lr, momentum=0.9, weight_decay=decay)]
+        return [SGD(_groups(trained, decay), lr, momentum=0.9)]
     if recipe.optimizer == "adam":
-        return [Adam(trained, lr, betas=betas, weight_decay=decay, fused=True)]
+        return [Adam(_groups(trained, decay), lr, betas=betas, fused=True)]
     if recipe.optimizer == "adamw":
-        return [AdamW(trained, lr, betas=betas, weight_decay=decay, fused=True)]
+        return [AdamW(_groups(trained, decay), lr, betas=betas, fused=True)]
     if not hasattr(torch.optim, "Muon"):
         raise RecipeError(f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw, or update")
     matrices = hidden_matrices(model)
@@ -36,7 +40,18 @@ def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     # Its steps are scaled to the size of AdamW's, so that one learning rate and one decay serve both (Liu et al.,
     # arXiv 2502.16982, section 2.2).
     muon = torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, AdamW(rest, lr, betas=betas, weight_decay=decay, fused=True)] if rest else [muon]
+    return [muon, AdamW(_groups(rest, decay), lr, betas=betas, fused=True)] if rest else [muon]
+
+
+def _groups(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """One group of what decays and one of what does not; a single one without decay, in the model's order."""
+    if decay == 0:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    decays = [p.numel() > max(p.shape, default=1) for p in parameters]  # the lengths of a weight norm are (out, 1)
+    weights = [p for p, does in zip(parameters, decays, strict=True) if does]
+    others = [p for p, does in zip(parameters, decays, strict=True) if not does]
+    groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -27,7 +27,7 @@ class Recipe:
         optimizer: "adamw", "adam", "sgd" with momentum 0.9, or "muon" for the hidden matrices with AdamW for the rest.
         lr: peak learning rate.
         betas: of Adam and AdamW.
-        weight_decay: the optimiser's weight decay.
+        weight_decay: the optimiser's weight decay; biases, norms, gammas and scales of branches do not decay.
         schedule: "constant"; "cosine", down to zero at the last step; or "step", times `step_factor` every
             `step_every` steps; all of them after the warmup.
         step_every: of the step schedule.
@@ -81,7 +81,9 @@ class Recipe:
 
     def task(self) -> Task:
         """Make the model, from torch's global random number generator, and what it is trained on."""
-        raise NotImplementedError(f"{type(self).__name__} has no task: give it a method `task` that returns a tt Task")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no task: give it a method `task` that returns a trimtab.tasks.task.Task"
+        )
 
     def optimizers(self, model: nn.Module) -> "list[torch.optim.Optimizer]":
         """Make the optimisers of a model that has its stabilizers, its device and its shards.

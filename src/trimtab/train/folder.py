@@ -19,7 +19,7 @@ from trimtab.watch.runlog import ARRAYS, STEPS, run_info, to_json
 logger = logging.getLogger("trimtab")
 
 RUN, RESULT, ERROR = "run.json", "result.json", "error.json"
-_OURS = {RUN, RESULT, ERROR, STEPS, "heads.json", "checkpoints", *ARRAYS}
+_OURS = {RUN, RESULT, ERROR, STEPS, "heads.json", "checkpoints", "report.html", *ARRAYS}
 _LOCK = ".lock"
 # What two runs of one recipe must share to be the same bit for bit.
 _EXACT = ("trimtab", "torch", "python", "platform", "machine", "threads", "accelerator", "strategy")
@@ -75,7 +75,7 @@ def _look(folder: Path, run: dict[str, Any]) -> Found:
         name, then, now = difference
         raise RunFolderError(
             f"{folder} holds another run: {name} is {then} there and {now} here. Choose another folder, or go on with "
-            f"that run: trimtab train --from {folder / RUN}"
+            f"that run: trimtab train --from {folder} --folder {folder}"
         )
     result = read_result(folder)
     if result is not None:
