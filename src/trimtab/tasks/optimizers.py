@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from trimtab.errors import RecipeError
@@ -25,11 +26,11 @@ def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
         raise RecipeError("the model has no parameter to train")
     lr, betas, decay = recipe.lr, recipe.betas, recipe.weight_decay
     if recipe.optimizer == "sgd":
-        return [SGD(_groups(trained, decay), lr, momentum=0.9)]
+        return [SGD(_groups(model, trained, decay), lr, momentum=0.9)]
     if recipe.optimizer == "adam":
-        return [Adam(_groups(trained, decay), lr, betas=betas, fused=True)]
+        return [Adam(_groups(model, trained, decay), lr, betas=betas, fused=True)]
     if recipe.optimizer == "adamw":
-        return [AdamW(_groups(trained, decay), lr, betas=betas, fused=True)]
+        return [AdamW(_groups(model, trained, decay), lr, betas=betas, fused=True)]
     if not hasattr(torch.optim, "Muon"):
         raise RecipeError(f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw, or update")
     matrices = hidden_matrices(model)
@@ -40,16 +41,18 @@ def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     # Its steps are scaled to the size of AdamW's, so that one learning rate and one decay serve both (Liu et al.,
     # arXiv 2502.16982, section 2.2).
     muon = torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, AdamW(_groups(rest, decay), lr, betas=betas, fused=True)] if rest else [muon]
+    return [muon, AdamW(_groups(model, rest, decay), lr, betas=betas, fused=True)] if rest else [muon]
 
 
-def _groups(parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+def _groups(model: nn.Module, parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:
     """One group of what decays and one of what does not; a single one without decay, in the model's order."""
     if decay == 0:
         return [{"params": parameters, "weight_decay": 0.0}]
-    decays = [p.numel() > max(p.shape, default=1) for p in parameters]  # the lengths of a weight norm are (out, 1)
-    weights = [p for p, does in zip(parameters, decays, strict=True) if does]
-    others = [p for p, does in zip(parameters, decays, strict=True) if not does]
+    # The lengths of a weight norm are gains, though of shape (out, 1).
+    normed = [module for module in model.modules() if isinstance(module, ParametrizationList) and not module.is_tensor]
+    gains = {id(module.original0) for module in normed}
+    weights = [p for p in parameters if p.ndim > 1 and id(p) not in gains]
+    others = [p for p in parameters if p.ndim <= 1 or id(p) in gains]
     groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
