@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from trimtab.errors import ConversionError
 from trimtab.models import ViT, ViTConfig
-from trimtab.stabilizers import fold_, parse, stabilize_
+from trimtab.stabilizers import STABILIZERS, fold_, parse, stabilize_
 from trimtab.stabilizers.apply import changes_models
+
+# Other tests add stabilizers of their own.
+TRIMTABS = {name: cls for name, cls in STABILIZERS.items() if cls.__module__.startswith("trimtab.")}
 
 # All are run in float64, so that the same function in another order of operations is the same to this:
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stabilizer_case import StabilizerCase, small
+from stabilizer_case import TRIMTABS, StabilizerCase, small
 from torch import nn
 
 from trimtab.errors import ConversionError, RecipeError
@@ -151,5 +151,5 @@ def test_every_stabilizer_of_models_has_its_test_case() -> None:
         assert spec.loader is not None
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     tested = {each.name for case in StabilizerCase.__subclasses__() for each in parse(case.spec)}
-    changing = {name for name, cls in STABILIZERS.items() if cls.apply_ is not Stabilizer.apply_}
+    changing = {name for name, cls in TRIMTABS.items() if cls.apply_ is not Stabilizer.apply_}
     assert changing - {"none"} <= tested

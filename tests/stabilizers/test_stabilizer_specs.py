@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stabilizer_case import TRIMTABS
 
 from trimtab.errors import RecipeError
 from trimtab.stabilizers import STABILIZERS, Clip, LayerScale, Sigma, Stabilizer, Warmup, parse, register, spec_of
@@ -76,7 +77,7 @@ def test_words_written_are_read_back(options: dict[str, Any], norm: float, steps
 
 
 def test_each_name_is_a_class_with_a_docstring_that_says_what_when_not_and_its_options() -> None:
-    for name, cls in STABILIZERS.items():
+    for name, cls in TRIMTABS.items():
         assert cls.name == name
         assert parse(name) == (() if name == "none" else (cls(),))
         words = cls.__doc__ or ""
