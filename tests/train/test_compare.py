@@ -258,6 +258,7 @@ def test_a_budget_in_seconds_ends_runs_for_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a peak")
+@pytest.mark.slow
 def test_the_peak_memory_of_a_run_is_its_own(tmp_path: Path) -> None:
     heard: dict[str, Any] = {}
     size = 300_000_000

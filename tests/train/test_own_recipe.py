@@ -13,6 +13,7 @@ from trimtab.train import train
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_recipe.py"
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     recipe = find_recipe(f"{EXAMPLE}:Adding")
     recipe = replace(recipe, steps=40, warmup_steps=5, watch_every=20, eval_every=40, stabilizer="sigma+qk-norm")
