@@ -49,5 +49,5 @@ def test_the_docs_tell_of_every_field() -> None:
 
 
 def test_a_recipe_without_a_task_says_what_is_missing() -> None:
-    with pytest.raises(NotImplementedError, match="Recipe has no task: give it a method `task`"):
+    with pytest.raises(RecipeError, match="Recipe has no task: give it a method `task`"):
         Recipe().task()

@@ -36,8 +36,8 @@ class DeepNorm(Stabilizer):
     alpha and beta: (2N)^¼ and (8N)^-¼ for N blocks without cross-attention; beside M blocks with it 0.81 (N⁴M)^(1/16)
     and 0.87 (N⁴M)^(-1/16); for these M blocks (3M)^¼ and (12M)^-¼.
 
-    When not to use it: on pre-LN models, where there is no norm after the sum, and on pretrained weights. At 12
-    layers post-LN with init-scale trained as well in trials of our own: compare with that.
+    When not to use it: on pre-LN models, where there is no norm after the sum, and on pretrained weights.
+    Compare it with init-scale on a post-LN model, which tells how much of the effect is the start of the weights alone.
     """
 
     order: ClassVar[int] = 20

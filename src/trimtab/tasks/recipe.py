@@ -81,7 +81,7 @@ class Recipe:
 
     def task(self) -> Task:
         """Make the model, from torch's global random number generator, and what it is trained on."""
-        raise NotImplementedError(
+        raise RecipeError(
             f"{type(self).__name__} has no task: give it a method `task` that returns a trimtab.tasks.task.Task"
         )
 

@@ -4,24 +4,23 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from trimtab.report.terminal import duration
 from trimtab.train.compare import Failure
 from trimtab.train.grid import RunPlace
+from trimtab.train.live_view import LiveView
 from trimtab.train.progress import Progress, Result
 from trimtab.train.screen import title
 
 _FAILURES = 3  # the latest that are shown below the table
 
 
-class GridScreen:
+class GridScreen(LiveView):
     """Shows the runs of a compare as they go on; a context manager, whose `show` is the compare's `on_news`.
 
     Args:
@@ -32,7 +31,8 @@ class GridScreen:
     """
 
     def __init__(self, places: Sequence[RunPlace], folder: Path, console: Console, kept: Collection[str] = ()) -> None:
-        self._folder, self._console = folder, console
+        super().__init__(console)
+        self._folder = folder
         self._recipes = {place.name: place.recipe for place in places}
         self._arms = list(dict.fromkeys(place.arm for place in places))
         self._lrs = sorted({place.recipe.lr for place in places})
@@ -42,19 +42,10 @@ class GridScreen:
         self._news: dict[str, Progress | Result | Failure] = {}
         self._kept = set(kept)
         self._start = time.monotonic()
-        self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=2)
 
     def __enter__(self) -> Self:
         self._start = time.monotonic()
-        if self._console.is_interactive:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_interactive:
-            self._live.stop()
+        return super().__enter__()
 
     @property
     def failures(self) -> dict[str, Failure]:

@@ -7,17 +7,15 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from trimtab.report.sparkline import ASCII_BARS, BARS, sparkline
 from trimtab.report.terminal import duration
+from trimtab.train.live_view import LiveView
 from trimtab.train.progress import Progress
 from trimtab.train.signals import Interruption
 
@@ -25,7 +23,7 @@ _POINTS = 200  # of a curve, the latest: no terminal shows more, and a frame mus
 _ALARMS = 3  # the latest, the newest in full
 
 
-class RunScreen:
+class RunScreen(LiveView):
     """Shows one run as it goes on; a context manager, whose `show` is the run's `on_step`.
 
     Args:
@@ -36,25 +34,13 @@ class RunScreen:
     """
 
     def __init__(self, folder: Path, console: Console, seconds: float | None = None, started_at: int = 0) -> None:
-        self._folder, self._console, self._limit, self._started_at = folder, console, seconds, started_at
+        super().__init__(console)
+        self._folder, self._limit, self._started_at = folder, seconds, started_at
         self._first: Progress | None = None
         self._now: Progress | None = None
         self._arrived = 0.0
         # Tuples, replaced as a whole: the thread that draws reads them while training goes on.
         self._curves: dict[str, tuple[float, ...]] = {}
-        # Lines printed meanwhile, a warning for instance, go above the table.
-        self._live = Live(get_renderable=lambda: self, console=console, refresh_per_second=2)
-
-    def __enter__(self) -> Self:
-        if self._console.is_interactive:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_interactive:
-            self._live.stop()
 
     def show(self, now: Progress) -> None:
         """Take note of a logged step."""
