@@ -35,8 +35,8 @@ from trimtab.report.runlog import read_run
 from trimtab.tasks.images import vit_digits
 from trimtab.tasks.recipe import Recipe
 from trimtab.train.compare import Failure, compare
+from trimtab.train.compare.grid import RunPlace
 from trimtab.train.folder import ERROR
-from trimtab.train.grid import RunPlace
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 

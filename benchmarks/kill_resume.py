@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from trimtab.models.vit import ViTConfig
 from trimtab.tasks.images.recipes import ImagesRecipe
 from trimtab.tasks.task import Examples, Task
-from trimtab.train import Hardware, checkpoint_files, train
+from trimtab.train import Hardware, train
+from trimtab.train.checkpoints import files as checkpoint_files
 
 STRATEGIES = {"1 process": (1, "auto"), "2 processes, DDP": (2, "ddp"), "2 processes, FSDP2": (2, "fsdp")}
 TIMES = ("seconds", "step_seconds", "samples_per_second", "loader_samples_per_second", "peak_memory_bytes")

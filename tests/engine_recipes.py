@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
-from trimtab.train.checkpoint import load_weights
-from trimtab.train.kept_checkpoints import newest_checkpoint
+from trimtab.train.checkpoints import load_weights, newest_checkpoint
 from trimtab.train.order import batch_indices, derived_seed
 
 

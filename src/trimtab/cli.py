@@ -33,7 +33,7 @@ _COMMANDS = {
     "compare": _Command(
         "NAME ...",
         "stabilizers side by side, over learning rates and seeds",
-        "trimtab.train.compare_command:compare_command",
+        "trimtab.train.compare.command:compare_command",
     ),
     "recipes": _Command("", "the recipes, with one line each", "trimtab.train.train_command:recipes_command"),
     "report": _Command("FOLDER ...", "runs as one page that opens offline", "trimtab.report.command:report_command"),

@@ -20,8 +20,8 @@ from trimtab.errors import RunFolderError, TrimtabError
 from trimtab.report.demo_arms import ARMS, STEADIED
 from trimtab.report.demo_page import write_demo_page
 from trimtab.tasks.images import ImagesRecipe, vit_digits
-from trimtab.train.compare import Failure, run_places
-from trimtab.train.grid import RunPlace
+from trimtab.train.compare.grid import RunPlace
+from trimtab.train.compare.running import Failure, run_places
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trimtab.train import train
-from trimtab.train.kept_checkpoints import newest_checkpoint
+from trimtab.train.checkpoints import newest_checkpoint
 
 
 def cosine(step: int) -> float:

@@ -18,10 +18,9 @@ from trimtab.stabilizers import stabilize_
 from trimtab.tasks.images import ImagesRecipe, vit_digits
 from trimtab.tasks.task import Examples, Task
 from trimtab.train import Hardware, read_result, train
-from trimtab.train.checkpoint import load_weights
+from trimtab.train.checkpoints import load_weights, newest_checkpoint
 from trimtab.train.evaluate import evaluate
 from trimtab.train.hardware import launched
-from trimtab.train.kept_checkpoints import newest_checkpoint
 
 # Every part at once; no checkpoint between two evaluations, which would let FSDP2 drop weights that it still held
 # whole. SGD, since Adam turns a rounding error in a gradient near zero into a step of full length.

@@ -23,8 +23,7 @@ from trimtab.stabilizers import stabilize_
 from trimtab.tasks.images import ImagesRecipe, vit_digits
 from trimtab.tasks.task import Task
 from trimtab.train import Hardware, Progress, Result, read_result, train
-from trimtab.train.checkpoint import load_weights
-from trimtab.train.kept_checkpoints import newest_checkpoint
+from trimtab.train.checkpoints import load_weights, newest_checkpoint
 
 TINY = replace(
     vit_digits(),

@@ -12,7 +12,7 @@ from torch import nn
 
 from trimtab.errors import RunFolderError
 from trimtab.train import folder as run_folder
-from trimtab.train.checkpoint import save_checkpoint
+from trimtab.train.checkpoints import save_checkpoint
 from trimtab.train.folder import open_folder
 from trimtab.train.progress import Result, write_result
 from trimtab.train.state import TrainState

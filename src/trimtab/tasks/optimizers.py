@@ -1,6 +1,6 @@
 """The optimisers that a recipe names, made for a model."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,18 +19,21 @@ def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     Weights decay; biases, gains of norms, gammas and scales of branches, which have one dimension, do not.
 
     Raises:
-        RecipeError: nothing can be trained, this torch has no Muon, or the model nothing for it.
+        RecipeError: nothing can be trained; this torch has no Muon, or the model nothing for it; or LARS is not
+            installed.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise RecipeError("the model has no parameter to train")
     lr, betas, decay = recipe.lr, recipe.betas, recipe.weight_decay
     if recipe.optimizer == "sgd":
-        return [SGD(_groups(model, trained, decay), lr, momentum=0.9)]
+        return [SGD(_groups(model, trained, decay), lr, momentum=recipe.momentum)]
     if recipe.optimizer == "adam":
         return [Adam(_groups(model, trained, decay), lr, betas=betas, fused=True)]
     if recipe.optimizer == "adamw":
         return [AdamW(_groups(model, trained, decay), lr, betas=betas, fused=True)]
+    if recipe.optimizer == "lars":
+        return [_lars(recipe, _groups(model, trained, decay))]
     if not hasattr(torch.optim, "Muon"):
         raise RecipeError(f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}: use adamw, or update")
     matrices = hidden_matrices(model)
@@ -42,6 +45,18 @@ def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     # arXiv 2502.16982, section 2.2).
     muon = torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [muon, AdamW(_groups(model, rest, decay), lr, betas=betas, fused=True)] if rest else [muon]
+
+
+def _lars(recipe: "Recipe", groups: list[dict[str, Any]]) -> Optimizer:
+    try:
+        from pytorch_optimizer import LARS
+    except ImportError:
+        raise RecipeError(
+            "optimizer lars comes from the package pytorch-optimizer, which is missing: pip install 'trimtab[lab]'"
+        ) from None
+    return cast(
+        Optimizer, LARS(groups, recipe.lr, momentum=recipe.momentum, trust_coefficient=recipe.trust_coefficient)
+    )
 
 
 def _groups(model: nn.Module, parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:

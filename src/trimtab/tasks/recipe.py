@@ -12,7 +12,7 @@ from trimtab.tasks.optimizers import build_optimizers
 from trimtab.tasks.task import Task
 from trimtab.tasks.typed import typed
 
-Optimizer = Literal["adamw", "adam", "sgd", "muon"]
+Optimizer = Literal["adamw", "adam", "sgd", "lars", "muon"]
 Schedule = Literal["constant", "cosine", "step"]
 Precision = Literal["32", "bf16", "fp16"]
 
@@ -24,9 +24,12 @@ class Recipe:
     Attributes:
         stabilizer: names of `trimtab.stabilizers` with their options, joined by "+": "none", "sigma",
             "sigma:gamma_init=one+qk-norm".
-        optimizer: "adamw", "adam", "sgd" with momentum 0.9, or "muon" for the hidden matrices with AdamW for the rest.
+        optimizer: "adamw", "adam", "sgd", "lars" (You et al., arXiv 1708.03888: SGD by which every weight moves by a
+            share of its own norm; not biases and gains), or "muon" for the hidden matrices with AdamW for the rest.
         lr: peak learning rate.
         betas: of Adam and AdamW.
+        momentum: of SGD and LARS.
+        trust_coefficient: of LARS: without momentum a step moves a weight by `lr` times this share of its norm.
         weight_decay: the optimiser's weight decay; biases, norms, gammas and scales of branches do not decay.
         schedule: "constant"; "cosine", down to zero at the last step; or "step", times `step_factor` every
             `step_every` steps; all of them after the warmup.
@@ -58,6 +61,8 @@ class Recipe:
     optimizer: Optimizer = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    trust_coefficient: float = 1e-3
     weight_decay: float = 0.0
     schedule: Schedule = "constant"
     step_every: int = 1000
@@ -97,7 +102,7 @@ class Recipe:
         hints = get_type_hints(type(self))
         for field in fields(self):  # so that 1 and 1.0, or a list and a tuple, are the same recipe
             object.__setattr__(self, field.name, typed(hints[field.name], getattr(self, field.name), field.name))
-        for name in ("lr", "clip", "seconds", "step_factor"):
+        for name in ("lr", "clip", "seconds", "step_factor", "trust_coefficient"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise RecipeError(f"{name} must be a positive number, got {value}")
@@ -105,6 +110,8 @@ class Recipe:
             raise RecipeError(f"ema must be between 0 and 1, got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if not 0 <= self.momentum < 1:
+            raise RecipeError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         positive = ("steps", "step_every", "batch_size", "accumulate", "watch_every", "eval_every", "checkpoint_every")
         for name in (*positive, "keep", "patience"):
             value = getattr(self, name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimtab.errors import RunFolderError
-from trimtab.train.kept_checkpoints import newest_checkpoint
+from trimtab.train.checkpoints import newest_checkpoint
 from trimtab.train.progress import Result, read_result
 from trimtab.watch.reduce import Ranks
 from trimtab.watch.runlog import ARRAYS, STEPS, run_info, to_json

@@ -20,12 +20,11 @@ from trimtab.stabilizers.clipper import see_compiled_
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 from trimtab.train.average import Average
-from trimtab.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from trimtab.train.checkpoints import best_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from trimtab.train.clock import Clock
 from trimtab.train.evaluate import evaluate
 from trimtab.train.folder import open_folder
 from trimtab.train.hardware import Hardware, distributed, launched
-from trimtab.train.kept_checkpoints import best_checkpoint
 from trimtab.train.loader import Loader
 from trimtab.train.log import PlainLog, WorstHead
 from trimtab.train.memory import reset_peak_memory

@@ -15,7 +15,7 @@ from trimtab.report.runlog import read_json
 from trimtab.report.terminal import duration
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import find_recipe, recipe_of
-from trimtab.train.checkpoint_files import CHECKPOINTS, in_order, step_of
+from trimtab.train.checkpoints.files import CHECKPOINTS, in_order, step_of
 from trimtab.train.hardware import Hardware, Strategy
 from trimtab.train.loop import train
 from trimtab.train.progress import RESULT, Result

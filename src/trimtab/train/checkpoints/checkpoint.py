@@ -16,9 +16,16 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
 from trimtab.reparam.carried import whole
-from trimtab.train.checkpoint_files import CHECKPOINTS, folder_of, read_checkpoint, remove_parts, sync, write_checkpoint
-from trimtab.train.kept_checkpoints import best_checkpoint, drop_others, newest_checkpoint
-from trimtab.train.model_state import (
+from trimtab.train.checkpoints.files import (
+    CHECKPOINTS,
+    folder_of,
+    read_checkpoint,
+    remove_parts,
+    sync,
+    write_checkpoint,
+)
+from trimtab.train.checkpoints.kept import drop_others
+from trimtab.train.checkpoints.model_state import (
     belongs_to_another,
     computed_names,
     load_model,
@@ -26,14 +33,12 @@ from trimtab.train.model_state import (
     plain_state,
     refuse_other,
 )
-from trimtab.train.optimizer_state import load_optimizer_state, optimizer_state, refuse_other_optimizer
-from trimtab.train.packing import pack, unpack
-from trimtab.train.random_states import random_states, restore_random_states, seed_new_process
+from trimtab.train.checkpoints.optimizer_state import load_optimizer_state, optimizer_state, refuse_other_optimizer
+from trimtab.train.checkpoints.packing import pack, unpack
+from trimtab.train.randomness import random_states, restore_random_states, seed_new_process
 from trimtab.train.state import Tensors, TrainState
 from trimtab.watch.reduce import Ranks
 from trimtab.watch.runlog import ARRAYS, STEPS
-
-__all__ = ["best_checkpoint", "load_checkpoint", "load_weights", "newest_checkpoint", "save_checkpoint"]
 
 logger = logging.getLogger("trimtab")
 

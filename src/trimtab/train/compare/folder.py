@@ -8,8 +8,8 @@ from typing import Any
 
 from trimtab.errors import RunFolderError
 from trimtab.tasks.recipe import Recipe
+from trimtab.train.compare.grid import RUNS
 from trimtab.train.folder import first_difference
-from trimtab.train.grid import RUNS
 from trimtab.watch.runlog import to_json, write_json
 
 COMPARE = "compare.json"

@@ -23,8 +23,8 @@ from trimtab.errors import RecipeError, RunFolderError
 from trimtab.stabilizers import Stabilizer, register
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
-from trimtab.train.compare import Failure, _look, compare, finished
-from trimtab.train.grid import RunPlace, plan
+from trimtab.train.compare.grid import RunPlace, plan
+from trimtab.train.compare.running import Failure, _look, compare, finished
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from trimtab.train.parcels import pack
-from trimtab.train.worker_process import serve
+from trimtab.train.compare.parcels import pack
+from trimtab.train.compare.worker_process import serve
 
 logger = logging.getLogger("trimtab")
 

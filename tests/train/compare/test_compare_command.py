@@ -13,7 +13,7 @@ from trimtab.errors import RunFolderError
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import find_recipe
 from trimtab.train.compare import Failure
-from trimtab.train.grid import RunPlace, plan
+from trimtab.train.compare.grid import RunPlace, plan
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 
@@ -51,7 +51,7 @@ class Workers:
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Workers:
     workers = Workers()
-    monkeypatch.setattr("trimtab.train.compare_command.compare", workers)
+    monkeypatch.setattr("trimtab.train.compare.command.compare", workers)
     monkeypatch.setattr("trimtab.report.compare_page.write_compare_page", _write_page)
     monkeypatch.chdir(tmp_path)
     return workers
@@ -126,7 +126,7 @@ def test_runs_that_were_there_are_not_told_again(
     def done_before(place: RunPlace) -> bool:
         return place.recipe.seed == 0
 
-    monkeypatch.setattr("trimtab.train.compare_command.finished", done_before)
+    monkeypatch.setattr("trimtab.train.compare.command.finished", done_before)
     assert main(["compare", "vit-digits", *GRID, "--no-report"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "6 of them were done before"

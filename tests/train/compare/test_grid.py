@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import RecipeError
 from trimtab.tasks.images import vit_digits
-from trimtab.train.grid import folder_name, parse_lrs, parse_seeds, plan, stabilizer_arms
+from trimtab.train.compare.grid import folder_name, parse_lrs, parse_seeds, plan, stabilizer_arms
 
 RECIPE = vit_digits()
 

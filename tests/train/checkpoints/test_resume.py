@@ -18,7 +18,8 @@ import torch
 
 from trimtab.errors import RunFolderError
 from trimtab.tasks.recipe import Recipe
-from trimtab.train import Progress, Result, checkpoint_files, train
+from trimtab.train import Progress, Result, train
+from trimtab.train.checkpoints import files as checkpoint_files
 
 STEPS = 18
 
@@ -26,7 +27,7 @@ STEPS = 18
 @pytest.fixture(scope="module")
 def harness() -> ModuleType:
     """benchmarks/kill_resume.py: the recipe, processes to kill, and what must be the same."""
-    path = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "kill_resume.py"
     spec = importlib.util.spec_from_file_location("kill_resume", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look up their module by name
@@ -125,8 +126,8 @@ def test_a_run_that_breaks_off_inside_the_write_of_a_checkpoint(
         return good(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trimtab.train.checkpoint.write_checkpoint", counted)
-        patched.setattr("trimtab.train.checkpoint_files.shutil.rmtree", lambda *_, **__: None)
+        patched.setattr("trimtab.train.checkpoints.checkpoint.write_checkpoint", counted)
+        patched.setattr("trimtab.train.checkpoints.files.shutil.rmtree", lambda *_, **__: None)
         for module in ("checkpoint_files", "checkpoint", "kept_checkpoints"):
             patched.setattr(f"trimtab.train.{module}.{at}", killed, raising=False)
         with pytest.raises(Killed):

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from trimtab.train.parcels import pack, unpack
-from trimtab.train.workers import run_all, visible_gpus
+from trimtab.train.compare.parcels import pack, unpack
+from trimtab.train.compare.workers import run_all, visible_gpus
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatc
 STOPPABLE = """
     import os, signal, sys, time
     from pathlib import Path
-    from trimtab.train.workers import run_all
+    from trimtab.train.compare.workers import run_all
 
     def work(task, tell):
         stopped = []
@@ -195,7 +195,7 @@ def test_workers_that_never_start_are_an_error(tmp_path: Path) -> None:
         import os
         if __name__ != "__main__":
             os._exit(7)
-        from trimtab.train.workers import run_all
+        from trimtab.train.compare.workers import run_all
         try:
             run_all(print, {"a": 1}, jobs=1, tell=print, lost=print)
         except RuntimeError as error:

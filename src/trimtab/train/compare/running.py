@@ -16,18 +16,18 @@ import torch
 from trimtab.errors import RecipeError, RunFolderError, TrimtabError
 from trimtab.stabilizers import Stabilizer, parse
 from trimtab.tasks.recipe import Recipe
-from trimtab.train.compare_folder import open_compare, plain
+from trimtab.train.compare.folder import open_compare, plain
+from trimtab.train.compare.grid import RunPlace, plan
+from trimtab.train.compare.parcels import pack
+from trimtab.train.compare.workers import cores, run_all, visible_gpus
 from trimtab.train.folder import ERROR, RUN
-from trimtab.train.grid import RunPlace, plan
 from trimtab.train.hardware import Hardware
 from trimtab.train.loop import train
-from trimtab.train.parcels import pack
 from trimtab.train.progress import Progress, Result, read_result
-from trimtab.train.workers import cores, run_all, visible_gpus
 from trimtab.watch.runlog import STEPS, write_json
 
 _TAIL = 1_000_000  # bytes that hold the last line of a log
-_PRELOAD = ("lightning_fabric", "trimtab.train.compare")  # seconds of importing
+_PRELOAD = ("lightning_fabric", "trimtab.train.compare.running")  # seconds of importing
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def run_places(
             tell(place.name, result)
     tasks = _tasks([place for place in places if place.name not in outcomes], hardware, facts or {})
     if ray_address is not None and tasks:
-        from trimtab.train.ray_cluster import run_on_ray
+        from trimtab.train.compare.ray_cluster import run_on_ray
 
         folder = Path(os.path.commonpath([place.folder.absolute() for place in places]))
         outcomes |= run_on_ray(

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from trimtab.errors import CheckpointError
 from trimtab.reparam import SigmaReparam, fold_, reparametrize_, sigma_gamma
-from trimtab.train import checkpoint_files
 from trimtab.train.average import Average
-from trimtab.train.checkpoint import (
+from trimtab.train.checkpoints import (
     best_checkpoint,
     load_checkpoint,
     load_weights,
     newest_checkpoint,
     save_checkpoint,
 )
+from trimtab.train.checkpoints import files as checkpoint_files
 from trimtab.train.state import TrainState
 from trimtab.watch import Watch
 
@@ -469,7 +469,7 @@ def test_an_older_checkpoint_that_cannot_be_dropped_is_no_reason_to_stop(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("trimtab.train.kept_checkpoints.os.replace", full)  # of best.json
+        patched.setattr("trimtab.train.checkpoints.kept.os.replace", full)  # of best.json
         save_checkpoint(tmp_path, small(2), keep=1, best=True)
     (record,) = caplog.records
     assert "could not be dropped: [Errno 28] No space left on device" in record.message

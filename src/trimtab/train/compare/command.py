@@ -11,13 +11,13 @@ from trimtab.errors import RecipeError, TrimtabError
 from trimtab.stabilizers import STABILIZERS
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import find_recipe
-from trimtab.train.compare import compare, finished
-from trimtab.train.grid import parse_lrs, parse_seeds, plan, stabilizer_arms
-from trimtab.train.grid_screen import GridScreen
+from trimtab.train.compare.grid import parse_lrs, parse_seeds, plan, stabilizer_arms
+from trimtab.train.compare.running import compare, finished
+from trimtab.train.compare.screen import GridScreen
+from trimtab.train.compare.workers import cores, visible_gpus
 from trimtab.train.hardware import Hardware
 from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
 from trimtab.train.screen import console
-from trimtab.train.workers import cores, visible_gpus
 
 _USAGE = """usage: trimtab compare NAME --stabilizers LIST --lrs LIST [--seeds N] ...
 

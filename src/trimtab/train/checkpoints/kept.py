@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from trimtab.errors import CheckpointError
-from trimtab.train.checkpoint_files import CHECKPOINTS, DamagedError, in_order, read_content, remove, step_of, verify
+from trimtab.train.checkpoints.files import CHECKPOINTS, DamagedError, in_order, read_content, remove, step_of, verify
 
 logger = logging.getLogger("trimtab")
 

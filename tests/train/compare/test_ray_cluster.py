@@ -16,8 +16,7 @@ pytest.importorskip("ray")
 from ray.cluster_utils import Cluster
 
 from trimtab.errors import RunFolderError
-from trimtab.train import ray_cluster
-from trimtab.train.compare import Failure, compare
+from trimtab.train.compare import Failure, compare, ray_cluster
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Result
 

@@ -1,4 +1,4 @@
-"""What a worker process does; `trimtab.train.workers` starts it and holds the other end of its pipe."""
+"""What a worker process does; `trimtab.train.compare.workers` starts it and holds the other end of its pipe."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trimtab.train.parcels import unpack
+from trimtab.train.compare.parcels import unpack
 
 logger = logging.getLogger("trimtab")
 

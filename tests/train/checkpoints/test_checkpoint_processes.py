@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from trimtab.errors import CheckpointError
 from trimtab.reparam import reparametrize_
 from trimtab.reparam.carried import is_sharded, whole
-from trimtab.train import checkpoint as checkpoints
 from trimtab.train.average import Average
-from trimtab.train.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
+from trimtab.train.checkpoints import checkpoint as checkpoints
+from trimtab.train.checkpoints import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
 from trimtab.train.state import TrainState
 
 pytestmark = pytest.mark.skipif(

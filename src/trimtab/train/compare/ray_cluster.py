@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import RunFolderError
-from trimtab.train.parcels import pack, unpack
-from trimtab.train.workers import Work
+from trimtab.train.compare.parcels import pack, unpack
+from trimtab.train.compare.workers import Work
 
 _POLL = 1.0  # seconds from one look at the folders to the next
 
@@ -28,7 +28,7 @@ def run_on_ray(
     tell: Callable[[str, Any], None],
     lost: Callable[[Any, str, str], Any],
 ) -> dict[str, Any]:
-    """Do every task on a Ray cluster, in the order given; like `trimtab.train.workers.run_all`.
+    """Do every task on a Ray cluster, in the order given; like `trimtab.train.compare.workers.run_all`.
 
     Classes that stand in a file of your own are loaded from its path, which all nodes need, too.
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.report.terminal import duration
-from trimtab.train.compare import Failure
-from trimtab.train.grid import RunPlace
+from trimtab.train.compare.grid import RunPlace
+from trimtab.train.compare.running import Failure
 from trimtab.train.live_view import LiveView
 from trimtab.train.progress import Progress, Result
 from trimtab.train.screen import title

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from trimtab.tasks.recipe import Recipe
 from trimtab.train.compare import Failure
-from trimtab.train.grid import plan
-from trimtab.train.grid_screen import GridScreen
+from trimtab.train.compare.grid import plan
+from trimtab.train.compare.screen import GridScreen
 from trimtab.train.progress import Progress, Result
 
 ARMS = {"none": Recipe(), "sigma:gamma_init=one": Recipe()}
@@ -44,7 +44,7 @@ def result(accuracy: float, **changes: Any) -> Result:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Set what the time is."""
     now = [0.0]
-    monkeypatch.setattr("trimtab.train.grid_screen.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("trimtab.train.compare.screen.time.monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)
 
 
