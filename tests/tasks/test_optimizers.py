@@ -15,18 +15,34 @@ def names(model: nn.Module, parameters: list[nn.Parameter]) -> list[str]:
     return [known[id(p)] for p in parameters]
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars"])
 def test_the_recipe_is_what_the_optimiser_has(name: str) -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    recipe = Recipe(optimizer=name, lr=0.5, betas=(0.8, 0.9), weight_decay=0.1)
+    recipe = Recipe(optimizer=name, lr=0.5, betas=(0.8, 0.9), momentum=0.7, trust_coefficient=0.02, weight_decay=0.1)
     (optimizer,) = recipe.optimizers(model)
     (group,) = optimizer.param_groups
     assert type(optimizer).__name__.lower() == name
     assert group["params"] == [model.weight]
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.1)
     assert group.get("betas", (0.8, 0.9)) == (0.8, 0.9)
-    assert group.get("momentum", 0.9) == 0.9
+    assert group.get("momentum", 0.7) == 0.7
+    assert group.get("trust_coefficient", 0.02) == 0.02
+
+
+def test_lars_moves_a_weight_by_a_share_of_its_norm_and_a_bias_by_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (optimizer,) = Recipe(optimizer="lars", lr=0.5, trust_coefficient=0.02).optimizers(model)
+    model(torch.randn(5, 3)).square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    moved = before["weight"] - model.weight
+    # You et al., equations (4) and (6), the first step: lr · trust · |w| along the gradient
+    expected = 0.5 * 0.02 * before["weight"].norm() * gradients["weight"] / gradients["weight"].norm()
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(before["bias"] - model.bias, 0.5 * gradients["bias"], rtol=1e-6, atol=1e-8)
 
 
 def test_muon_gets_the_matrices_inside_and_adamw_the_rest() -> None:
