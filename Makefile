@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A file of tests stays together: its tests share what they train. More than eight would wait for the longest file.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint clean
 
@@ -16,7 +18,7 @@ demo: $(READY)
 	$(BIN)/trimtab demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -3,7 +3,7 @@
     python benchmarks/loader_speed.py            # about a minute; needs TRIMTAB_DATA for vit-fashion
     python benchmarks/loader_speed.py --quick    # does it run?
 
-For each recipe, in one process with one thread: the loader of the engine (order, indexing, standardising) and a bare
+For each recipe, in one process with one thread: the loader of the engine (order, indexing) and a bare
 step of the model on those batches (forward, backward, AdamW), in turn, round by round; and how long the data take to
 open: the first time ever, when they are decoded and prepared, and after that.
 

@@ -1,6 +1,7 @@
 """What every benchmark shares: machine and versions beside the numbers, medians with their spread, results on disk."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -43,6 +44,17 @@ def _processor() -> str:
 def spread(values: Sequence[float]) -> str:
     """Median, then smallest and largest."""
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """The mean, and the ends of its interval by Student's t; they are infinite for a single value."""
+    from scipy import stats
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(mean - half), float(mean + half)
 
 
 def paired(

@@ -33,7 +33,7 @@ def run(lr: float, seed: int, steps: int) -> dict[tuple[int, int], list[float]]:
     """Train once; return the errors of all readings of each case."""
     torch.manual_seed(seed)
     data, model = load_images("digits"), ViT(vit_digits().model)
-    optimizer, order = torch.optim.AdamW(model.parameters(), lr, fused=True), batches(len(data.train_labels), 64, seed)
+    optimizer, order = torch.optim.AdamW(model.parameters(), lr, fused=True), batches(data.train.size, 64, seed)
     weights = plain_weights(model)
     trackers = {case: SigmaTracker(iterations=case[1]) for case in CASES}
     errors: dict[tuple[int, int], list[float]] = {case: [] for case in CASES}
@@ -41,7 +41,8 @@ def run(lr: float, seed: int, steps: int) -> dict[tuple[int, int], list[float]]:
         tracker.read(weights)
     for step in range(1, steps + 1):
         batch = next(order)
-        loss = F.cross_entropy(model(data.standardize(data.train_images[batch])), data.train_labels[batch])
+        images = data.standardize(data.train.read(batch, None))
+        loss = F.cross_entropy(model(images), data.train.labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

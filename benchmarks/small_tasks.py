@@ -143,12 +143,12 @@ def digits(setup: Setup) -> tuple[nn.Module, Objective]:
     if setup.stabilizer == "sigma":
         tt.reparametrize_(model, tt.SigmaReparam(gamma_init="one"))
     data = load_images("digits")
-    images = data.standardize(data.train_images)
-    order = batches(len(images), 64, setup.seed)
+    images = data.standardize(data.train.read(torch.arange(data.train.size), None))
+    order = batches(data.train.size, 64, setup.seed)
 
     def next_loss() -> Tensor:
         batch = next(order)  # (B,)
-        return F.cross_entropy(model(images[batch]), data.train_labels[batch])
+        return F.cross_entropy(model(images[batch]), data.train.labels[batch])
 
     return model, next_loss
 

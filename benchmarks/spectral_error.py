@@ -62,11 +62,12 @@ def run(arm: Arm, lr: float, seed: int, steps: int) -> dict[str, Any]:
     config = tt.SigmaReparam(gamma_init="one", vectors=arm.vectors)
     model = tt.reparametrize_(ViT(recipe.model), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=recipe.weight_decay, fused=True)
-    order = batches(len(data.train_labels), recipe.batch_size, seed)
+    order = batches(data.train.size, recipe.batch_size, seed)
     errors = []
     for _ in range(steps):
         batch = next(order)
-        loss = F.cross_entropy(model(data.standardize(data.train_images[batch])), data.train_labels[batch])
+        images = data.standardize(data.train.read(batch, None))
+        loss = F.cross_entropy(model(images), data.train.labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # refreshes the vectors once

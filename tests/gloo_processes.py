@@ -2,10 +2,11 @@
 
 import importlib.util
 import multiprocessing
-import socket
+import tempfile
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# A server process imports these once; the processes of every check are forks of it and start at once.
+# A server process imports these once; the processes of every check are forks of it and start at once. It is the same
+# server that the workers of `compare` are forked from, whichever needs it first.
 _PRELOAD = [
     "pytest",
-    "trimtab",
+    "lightning_fabric",
+    "torch._dynamo",  # loaded by the first step of any optimizer
+    "trimtab.train.compare.running",
+    "trimtab.train.compare.worker_process",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
@@ -31,23 +36,27 @@ _PRELOAD = [
 def in_processes(count: int, check: Callable[..., None], *arguments: object) -> None:
     """Call ``check(rank, *arguments)`` in ``count`` processes; what one of them raises is raised here.
 
-    A process that waits for another for a minute raises too. The check is a function of a test file: processes cannot
-    import that by name, so they load it by its path.
+    A process that waits for another for five minutes raises too. The check is a function of a test file: processes
+    cannot import that by name, so they load it by its path.
     """
-    multiprocessing.set_forkserver_preload(_PRELOAD)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    start_fork_server()
     where = (check.__code__.co_filename, check.__name__)
-    mp.start_processes(_run, (count, port, where, arguments), nprocs=count, start_method="forkserver")
+    with tempfile.TemporaryDirectory() as folder:  # where they meet; a port that is free now may be taken by then
+        store = f"file://{folder}/store"
+        mp.start_processes(_run, (count, store, where, arguments), nprocs=count, start_method="forkserver")
 
 
-def _run(rank: int, count: int, port: int, where: tuple[str, str], arguments: tuple[object, ...]) -> None:
+def start_fork_server() -> None:
+    """Start it, unless it runs already."""
+    multiprocessing.set_forkserver_preload(_PRELOAD)
+    forkserver.ensure_running()
+
+
+def _run(rank: int, count: int, store: str, where: tuple[str, str], arguments: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*sigma-Reparam")  # our own; torch warns of plain models too
     path, name = where
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", address, timedelta(seconds=60), world_size=count, rank=rank)
+    dist.init_process_group("gloo", store, timedelta(seconds=300), world_size=count, rank=rank)
     try:
         getattr(_loaded(path), name)(rank, *arguments)
     finally:

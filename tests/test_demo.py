@@ -17,6 +17,8 @@ from trimtab.errors import RunFolderError, TrimtabError
 from trimtab.models import ViTConfig
 from trimtab.tasks.images import ImagesRecipe
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 def small() -> dict[str, ImagesRecipe]:
     """The demo's two arms at one learning rate, of another model, for a few steps."""
@@ -113,11 +115,11 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob("demo/*/steps.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.splitlines() == [
         "stopping: the runs under way save first; Ctrl-C again ends them at once",

@@ -70,6 +70,7 @@ def test_python_blocks_run_in_order(document: str, tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_shell_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make` lines are dry runs here (they are how this suite is run); `trimtab` lines run for real, though shorter."""
     code = blocks("README.md", "sh")

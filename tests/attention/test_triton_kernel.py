@@ -207,7 +207,7 @@ def difference(got: Tensor, expected: Tensor, tolerance: float) -> str:
 def printed(*arguments: str, **environment: str) -> dict[str, Any]:
     """What this file prints as a script."""
     command = [sys.executable, "-W", "ignore", __file__, *arguments]  # numpy warns of infinities, which are wanted
-    output = subprocess.check_output(command, env=os.environ | environment, text=True, timeout=300)
+    output = subprocess.check_output(command, env=os.environ | environment, text=True, timeout=900)
     return dict(json.loads(output.splitlines()[-1]))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import RecipeError
 from trimtab.models.vit import ViTConfig
-from trimtab.tasks.images import ImagesRecipe, vit_digits, vit_fashion
+from trimtab.tasks.images import Augment, ImagesRecipe, vit_digits, vit_fashion
 from trimtab.tasks.recipes import RECIPES, find_recipe, recipe_of
 from trimtab.tasks.typed import typed
 
@@ -25,12 +25,24 @@ models = st.builds(
     depth=st.integers(1, 3),
     num_heads=st.sampled_from([1, 2, 4]),
     norm=st.sampled_from(["pre", "post", "none"]),
+    pool=st.sampled_from(["mean", "cls"]),
+    drop_path=st.floats(0, 0.9),
     init_std=positive,
+)
+augments = st.builds(
+    Augment,
+    crop=st.integers(0, 4),
+    flip=st.booleans(),
+    rand_augment=st.none() | st.tuples(st.integers(1, 13), st.integers(1, 29)),
+    mixup=st.floats(0, 5),
 )
 recipes = st.builds(
     ImagesRecipe,
     data=st.sampled_from(["digits", "fashion-mnist"]),
     model=models,
+    augment=augments,
+    validation=st.integers(0, 100),
+    weights=st.none() | st.text(),
     optimizer=st.sampled_from(["adamw", "sgd"]),
     lr=positive | st.integers(1, 3),
     betas=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
@@ -151,12 +163,12 @@ def test_a_field_without_a_default_may_not_be_missing_and_others_have_their_own(
 def test_a_run_json_without_a_recipe_or_of_an_unknown_task() -> None:
     with pytest.raises(RecipeError, match=r"run\.json has no recipe"):
         recipe_of({"task": "ImagesRecipe"})
-    with pytest.raises(RecipeError, match=r"its task 'Mine' is not one of Trimtab's \(ImagesRecipe\)"):
+    with pytest.raises(RecipeError, match=r"its task 'Mine' is not one of Trimtab's \(ImagesRecipe, ContrastRecipe\)"):
         recipe_of({"task": "Mine", "recipe": {}})
 
 
 def test_recipes_by_name_each_with_its_line() -> None:
-    assert list(RECIPES) == ["vit-digits", "vit-fashion"]
+    assert {"vit-digits", "vit-fashion", "vit-cifar10-sigma", "vit-ti16-deit", "vit-h14-sigma-preln"} <= set(RECIPES)
     assert find_recipe("vit-digits") == vit_digits()
     assert find_recipe("vit-fashion") == vit_fashion()
     for make in RECIPES.values():

@@ -48,6 +48,23 @@ def test_it_measures_in_eval_mode_without_gradients_and_puts_everything_back() -
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_is_prepared_is_made_once_for_all_batches_as_they_are_measured() -> None:
+    made: list[Tensor] = []
+
+    def prepare(model: nn.Module) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert not model.training
+        made.append(model(torch.ones(1)) + torch.rand(1))
+        return made[-1]
+
+    found = task(lambda model, batch, prepared: {"eval_loss": prepared.expand(len(batch))}, prepare=prepare)
+    found.model.train()
+    before = torch.get_rng_state()
+    assert measured(found) == {"eval_loss": made[0].item()}
+    assert len(made) == 1
+    assert torch.equal(torch.get_rng_state(), before)  # training goes on as if nothing had been measured
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_shows(bad: float) -> None:
     def score(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:

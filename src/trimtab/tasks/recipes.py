@@ -12,12 +12,36 @@ from types import ModuleType
 from typing import Any
 
 from trimtab.errors import RecipeError
-from trimtab.tasks.images.recipes import vit_digits, vit_fashion
+from trimtab.tasks.contrast.recipes import CONTRAST_RECIPES
+from trimtab.tasks.images.imagenet_recipes import IMAGENET_RECIPES
+from trimtab.tasks.images.recipes import (
+    vit_cifar10,
+    vit_cifar10_deit,
+    vit_cifar10_sigma,
+    vit_cifar10_sigma_preln,
+    vit_digits,
+    vit_fashion,
+    vit_fashion_deit,
+    vit_fashion_sigma,
+    vit_fashion_sigma_preln,
+)
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.typed import typed
 from trimtab.words import nearest
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"vit-digits": vit_digits, "vit-fashion": vit_fashion}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "vit-digits": vit_digits,
+    "vit-fashion": vit_fashion,
+    "vit-fashion-deit": vit_fashion_deit,
+    "vit-fashion-sigma": vit_fashion_sigma,
+    "vit-fashion-sigma-preln": vit_fashion_sigma_preln,
+    "vit-cifar10": vit_cifar10,
+    "vit-cifar10-deit": vit_cifar10_deit,
+    "vit-cifar10-sigma": vit_cifar10_sigma,
+    "vit-cifar10-sigma-preln": vit_cifar10_sigma_preln,
+    **IMAGENET_RECIPES,
+    **CONTRAST_RECIPES,
+}
 """Name to the function that returns the recipe; the first line of its docstring tells what it is."""
 
 

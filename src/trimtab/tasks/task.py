@@ -1,7 +1,7 @@
 """What a run trains: a model, its examples, a loss and a score."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class Task:
             means for a metric of the whole set.
         metric: the name of the metric that decides.
         higher_is_better: whether more of it is better.
+        prepare: for a score that needs more than its batch, such as a classifier of the model's features. From the
+            model to anything, which `score` gets as a third argument. Called before each measurement, in all
+            processes, in eval mode, without gradients.
+        facts: about the examples, plain values for run.json.
     """
 
     model: nn.Module
@@ -59,10 +63,12 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluation: Examples | None = None
     test: Examples | None = None
-    score: Callable[[nn.Module, Batch], dict[str, Tensor]] | None = None
+    score: Callable[..., dict[str, Tensor]] | None = None
     summarize: Callable[[dict[str, float]], dict[str, float]] = same
     metric: str = "eval_loss"
     higher_is_better: bool = False
+    prepare: Callable[[nn.Module], Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.score is None and not (self.evaluation is None and self.test is None):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def evaluate(
     Args:
         fabric: the processes, which share the examples; all of them must call.
         model: as `Task.score` is to call it.
-        task: its score and its summary.
+        task: its score, what it prepares for that, and its summary.
         examples: what to measure on.
         batch_size: examples in a forward of one process.
         seed: of the generator that batches are made with.
@@ -47,11 +47,15 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     _share_buffers(model, fabric.world_size)
     with kept(fabric.device), _eval_mode(model):
+        prepared: tuple[Any, ...] = ()
+        if task.prepare is not None:
+            with fabric.autocast():
+                prepared = (task.prepare(model),)
         generator = torch.Generator().manual_seed(derived_seed("evaluation", seed, fabric.global_rank))
         for indices, valid in _shares(examples.size, batch_size, fabric.global_rank, fabric.world_size):
             batch = fabric.to_device(examples.batch(indices, generator))
             with fabric.autocast():
-                scores = _scores(task, model, batch, len(indices))
+                scores = _scores(task, model, batch, prepared, len(indices))
             for name, values in scores.items():
                 totals[name] = totals.get(name, 0) + _wide(values[:valid]).sum()
     reshard_(model)
@@ -81,10 +85,10 @@ def _shares(size: int, batch_size: int, rank: int, processes: int) -> Iterator[t
         yield torch.arange(start, stop).clamp_(max=size - 1), max(0, min(stop, size) - start)
 
 
-def _scores(task: Task, model: nn.Module, batch: Batch, size: int) -> dict[str, Tensor]:
+def _scores(task: Task, model: nn.Module, batch: Batch, prepared: tuple[Any, ...], size: int) -> dict[str, Tensor]:
     if task.score is None:
         raise RecipeError("a task needs a score to be measured")
-    scores = task.score(model, batch)
+    scores = task.score(model, batch, *prepared)
     if not isinstance(scores, dict) or not scores:
         raise RecipeError(
             'the task\'s score must be a dict of tensors by name, {"accuracy": ...}, '

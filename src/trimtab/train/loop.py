@@ -100,6 +100,7 @@ def train(
         task = used.task()
         _check(used, task, fabric.world_size)
         stabilize_(task.model, used.stabilizer, changes_made=True)
+        run |= task.facts
         run["parameters"] = sum(parameter.numel() for parameter in task.model.parameters())
         # Dropout and the like begin the same whatever a stabilizer drew, and differently in each process.
         seed_all(derived_seed("training", used.seed, fabric.global_rank))

@@ -54,8 +54,8 @@ def test_list_tells_what_is_here(folder: Path, capsys: pytest.CaptureFixture[str
     assert "1 of 2 files here" in line(text, "toy ")
     assert "here" in line(text, "tiny ")
     assert "absent; can be fetched" in line(text, "fashion-mnist")
-    assert "absent" in line(text, "cifar10")
-    assert "fetched" not in line(text, "cifar10")
+    assert "absent" in line(text, "cifar10-jpeg")
+    assert "fetched" not in line(text, "cifar10-jpeg")
     assert text.endswith(f"data folder: {folder}\n")
 
 
@@ -86,7 +86,7 @@ def test_check_names_every_file_that_is_damaged_or_missing(folder: Path, capsys:
 
 
 def test_check_of_a_named_set_that_is_absent_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert data_command(["check", "cifar10"]) == 1
+    assert data_command(["check", "cifar10-jpeg"]) == 1
     shown = capsys.readouterr()
     assert "missing" in line(shown.out, "cifar10/")
     assert "toy" not in shown.out

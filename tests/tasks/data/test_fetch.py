@@ -14,8 +14,8 @@ import pytest
 
 from trimtab.errors import DataError
 from trimtab.tasks.data import fetch as fetch_module
+from trimtab.tasks.data.data_set import DataFile
 from trimtab.tasks.data.fetch import ATTEMPTS, fetch
-from trimtab.tasks.data.table import DataFile
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from trimtab.tasks.data import prepare, prepared
 from trimtab.tasks.data.prepare import Arrays
@@ -170,6 +171,18 @@ def test_a_cache_that_cannot_be_locked_is_read_all_the_same(
     assert_right(prepared("other", ["sum"], make))  # which is not there and cannot be written
     assert make.times == 1
     assert str(error.args[-1]) in caplog.text
+
+
+def test_who_is_out_of_patience_makes_them_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared("toy", ["sum"], Made())
+    (lock,) = folder.glob("toy-*.lock")
+    shutil.rmtree(lock.with_suffix(""))
+    make = Made()
+    with FileLock(lock):  # of a process that is at it
+        assert_right(prepared("toy", ["sum"], make, patience=0.1))
+    assert make.times == 1
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+    assert "the data stay in memory" in caplog.text
 
 
 def test_an_error_of_the_maker_is_its_own(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

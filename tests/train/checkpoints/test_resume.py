@@ -128,8 +128,8 @@ def test_a_run_that_breaks_off_inside_the_write_of_a_checkpoint(
     with monkeypatch.context() as patched:
         patched.setattr("trimtab.train.checkpoints.checkpoint.write_checkpoint", counted)
         patched.setattr("trimtab.train.checkpoints.files.shutil.rmtree", lambda *_, **__: None)
-        for module in ("checkpoint_files", "checkpoint", "kept_checkpoints"):
-            patched.setattr(f"trimtab.train.{module}.{at}", killed, raising=False)
+        for module in ("files", "checkpoint", "kept"):
+            patched.setattr(f"trimtab.train.checkpoints.{module}.{at}", killed, raising=False)
         with pytest.raises(Killed):
             quiet(recipe, tmp_path / "run")
     quiet(recipe, tmp_path / "run")

@@ -30,6 +30,8 @@ from trimtab.train.progress import Progress, Result
 
 CPU = Hardware(accelerator="cpu")
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 @register("test-small-start")
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def none_left(session: int) -> bool:
     """Whether all processes of a session end, within a while."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not any(session_of(int(entry.name)) == session for entry in Path("/proc").glob("[0-9]*")):
             return True
@@ -320,12 +322,12 @@ def test_a_grid_stopped_at_any_moment_goes_on_to_the_same_end(
     script.write_text(SCRIPT.format(path=__file__))
     folder = tmp_path / "stopped"
     process = subprocess.Popen([sys.executable, script, folder], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(folder.glob("runs/*/*/result.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(random.Random(0).uniform(0.0, 0.3))
     process.send_signal(number)
-    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert process.wait(300) == (130 if number == signal.SIGINT else -number)
     assert none_left(process.pid)
     done = {path.parent: stamp(path.parent) for path in folder.glob("runs/*/*/result.json")}
     assert done

@@ -19,6 +19,8 @@ import torch
 from trimtab.train.compare.parcels import pack, unpack
 from trimtab.train.compare.workers import run_all, visible_gpus
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 @dataclass(frozen=True)
 class Told:
@@ -145,7 +147,7 @@ def start_stoppable(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if all((folder / name).is_file() and (folder / name).read_text() for name in "ab"):
             return process, [int((folder / name).read_text()) for name in "ab"]
@@ -154,7 +156,7 @@ def start_stoppable(folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
 
 
 def all_gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not any(Path(f"/proc/{pid}").exists() for pid in pids):
             return True
@@ -177,7 +179,7 @@ def test_no_worker_is_left_and_their_last_words_are_heard(tmp_path: Path, number
         process.send_signal(number)
     else:
         os.killpg(process.pid, number)  # as a terminal does, and `timeout`
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert all_gone(workers)
     assert not (tmp_path / "c").exists()
     if number == signal.SIGKILL:

@@ -1,21 +1,23 @@
-"""`trimtab data list | get NAME ... | check [NAME ...]`."""
+"""`trimtab data list | get NAME ... | check [NAME or FOLDER ...]`."""
 
 import sys
 from pathlib import Path
 
 from trimtab.errors import DataError, RecipeError
+from trimtab.tasks.data.data_set import DataFile, DataSet
 from trimtab.tasks.data.fetch import OnProgress, fetch
-from trimtab.tasks.data.folder import FOLDER_VARIABLE, checked, data_folder, find_file
-from trimtab.tasks.data.table import DATA_SETS, DataFile, DataSet, find_data_set
+from trimtab.tasks.data.folder import FOLDER_VARIABLE, IMAGENET, checked, data_folder, find_file, image_folder
+from trimtab.tasks.data.table import DATA_SETS, find_data_set
 from trimtab.words import nearest
 
-_USAGE = f"""usage: trimtab data list | get NAME ... | check [NAME ...]
+_USAGE = f"""usage: trimtab data list | get NAME ... | check [NAME or FOLDER ...]
 
   list    the data sets by name, with their licences, and which of them are here
   get     fetch data sets from where their owners publish them, into the data
           folder; interrupted, the same command goes on where it was
   check   hold every file of the named sets, or of all that are here, against its
-          checksum; the exit code is 1 if one is damaged or missing
+          checksum, and decode every image of a folder with train/ and val/ in
+          it; the exit code is 1 if a file is damaged, missing or unreadable
 
 The data folder is {{folder}};
 the environment variable {FOLDER_VARIABLE} names another."""
@@ -28,10 +30,10 @@ def data_command(words: list[str]) -> int:
         words: what comes after `data` on the command line.
 
     Returns:
-        The exit code: 0, or 1 if `check` found a file damaged or missing, or 130 after Ctrl-C.
+        The exit code: 0, or 1 if `check` found a file damaged, missing or unreadable, or 130 after Ctrl-C.
 
     Raises:
-        DataError: a data set is unknown, or cannot be fetched.
+        DataError: a data set is unknown or cannot be fetched, or a folder is none of images.
         RecipeError: there is no such command.
     """
     command, names = (words[0], words[1:]) if words else ("--help", [])
@@ -41,7 +43,7 @@ def data_command(words: list[str]) -> int:
     if command == "list" and not names:
         return _list()
     if command == "check":
-        return _check([find_data_set(name) for name in names])
+        return _check([_set_or_folder(name) for name in names])
     if command == "get" and names:
         return _get([find_data_set(name) for name in names])
     if command in ("list", "get"):
@@ -49,12 +51,19 @@ def data_command(words: list[str]) -> int:
             "trimtab data list takes no names" if command == "list" else "get which? trimtab data get NAME ..."
         )
     hint = nearest(command, ("list", "get", "check"))
-    raise RecipeError(f"unknown command {command!r}.{hint} trimtab data list | get NAME ... | check [NAME ...]")
+    raise RecipeError(f"unknown command {command!r}.{hint} {_USAGE.partition(chr(10))[0].removeprefix('usage: ')}")
+
+
+def _set_or_folder(name: str) -> DataSet | Path:
+    return DATA_SETS.get(name) or image_folder(name) or find_data_set(name)
 
 
 def _list() -> int:
     rows = [("NAME", "TASK", "SIZE", "LICENCE", "", "CONTENTS")]
     rows += [("digits", "images", "58 kB", "CC BY 4.0", "in the package", "1,437 + 360 grey images of 8×8, 10 classes")]
+    presence = "here" if (data_folder() / IMAGENET).is_dir() else "absent"
+    rows.append((IMAGENET, "images", "", "image-net.org's terms", presence, "a folder of train/CLASS/ and val/CLASS/"))
+    rows.append(("fake-imagenet", "images", "", "", "made up", "random images for dry runs, 1,000 classes"))
     for data in DATA_SETS.values():
         size = f"{data.size / 1e6:.1f} MB" if data.size >= 1e5 else f"{data.size / 1e3:.0f} kB"
         rows.append((data.name, data.task, size, data.licence, _presence(data), data.contents))
@@ -76,19 +85,45 @@ def _presence(data: DataSet) -> str:
     return "absent; can be fetched" if data.can_be_fetched else "absent"
 
 
-def _check(chosen: list[DataSet]) -> int:
-    """Check the chosen data sets, or, if none is chosen, those of which anything is here."""
-    bad = 0
-    for data in chosen or [data for data in DATA_SETS.values() if any(find_file(file).exists() for file in data.files)]:
-        for file in data.files:
-            verdict = _verdict(find_file(file), file)
-            bad += verdict != "good"
-            print(f"{file.path}: {verdict}", flush=True)
+def _check(chosen: list[DataSet | Path]) -> int:
+    """Check data sets and folders of images or, if none is chosen, the sets of which anything is here."""
+    some = [data for data in DATA_SETS.values() if any(find_file(file).exists() for file in data.files)]
+    bad = sum(_check_folder(each) if isinstance(each, Path) else _check_files(each) for each in chosen or some)
     if not chosen and (absent := [data.name for data in DATA_SETS.values() if _presence(data).startswith("absent")]):
         print(f"absent: {', '.join(absent)}")
     if bad:
-        print(f"{bad} {'file is' if bad == 1 else 'files are'} damaged or missing", file=sys.stderr)
+        print(f"{bad:,} {'file is' if bad == 1 else 'files are'} damaged or missing", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _check_files(data: DataSet) -> int:
+    """Hold each file of a set against its checksum; how many are not good."""
+    bad = 0
+    for file in data.files:
+        verdict = _verdict(find_file(file), file)
+        bad += verdict != "good"
+        print(f"{file.path}: {verdict}", flush=True)
+    return bad
+
+
+def _check_folder(folder: Path) -> int:
+    """Decode every image of a folder and name those that cannot be read; how many these are."""
+    from trimtab.tasks.images.decoding import needs_pillow
+    from trimtab.tasks.images.folder_listing import list_images, shown
+    from trimtab.tasks.images.unreadable_files import decode_all
+
+    needs_pillow("checking images")
+    bad = 0
+    for listing in list_images(folder):
+        found = decode_all(listing)
+        bad += len(found)
+        for index, why in found.items():
+            print(f"{shown(listing.path(index))}: {why}")
+        count = f"{len(listing.labels):,} images in {len(listing.classes):,} classes"
+        verdict = f"{len(found):,} cannot be read" if found else "good"
+        passed = f"; {len(listing.strays):,} other files passed over" if listing.strays else ""
+        print(f"{shown(listing.folder)}: {count}: {verdict}{passed}", flush=True)
+    return bad
 
 
 def _verdict(path: Path, file: DataFile) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO
 
 from trimtab.errors import DataError
+from trimtab.tasks.data.data_set import DataFile
 from trimtab.tasks.data.folder import checked
-from trimtab.tasks.data.table import DataFile
 
 ATTEMPTS = 4
 _TIMEOUT = 30  # seconds without a byte

@@ -7,9 +7,11 @@ import zlib
 from pathlib import Path
 
 from trimtab.errors import DataError
-from trimtab.tasks.data.table import DataFile, DataSet
+from trimtab.tasks.data.data_set import DataFile, DataSet
 
 FOLDER_VARIABLE = "TRIMTAB_DATA"
+IMAGENET = "imagenet"
+"""The folder of ImageNet's images in the data folder, and the name of that data set."""
 
 
 def cache_folder() -> Path:
@@ -21,6 +23,14 @@ def data_folder() -> Path:
     """Where data sets are fetched to: the folder that `TRIMTAB_DATA` names, or `data` in the cache."""
     named = os.environ.get(FOLDER_VARIABLE)
     return Path(named) if named else cache_folder() / "data"
+
+
+def image_folder(name: str) -> Path | None:
+    """The folder of images that a name stands for: ImageNet's, or a path; None if it reads as neither."""
+    if name == IMAGENET:
+        return data_folder() / IMAGENET
+    path = Path(name).expanduser()
+    return path if "/" in name or os.sep in name or path.is_dir() else None
 
 
 def find_file(file: DataFile) -> Path:

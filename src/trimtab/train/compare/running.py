@@ -27,7 +27,7 @@ from trimtab.train.progress import Progress, Result, read_result
 from trimtab.watch.runlog import STEPS, write_json
 
 _TAIL = 1_000_000  # bytes that hold the last line of a log
-_PRELOAD = ("lightning_fabric", "trimtab.train.compare.running")  # seconds of importing
+_PRELOAD = ("lightning_fabric", "torch._dynamo", "trimtab.train.compare.running")  # seconds of importing
 
 
 @dataclass(frozen=True)
