@@ -1,6 +1,6 @@
 """The motivating picture: learning rates too high, logits too hot, and what becomes of the attention entropy.
 
-    python benchmarks/entropy_collapse.py              # about 45 minutes on 2 cores; killed, it goes on where it was
+    python benchmarks/entropy_collapse.py              # about an hour on 2 cores; killed, it goes on where it was
     python benchmarks/entropy_collapse.py --seeds 1    # the smallest useful table
     python benchmarks/entropy_collapse.py --quick      # digits, 40 steps, three learning rates: does it run?
 

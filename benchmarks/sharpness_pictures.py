@@ -21,7 +21,7 @@ def draw(name: str, runs: Sequence[Any], correlations: Mapping[str, Any]) -> Pat
     """Above: every run a point, at its end. Below: the runs of the first seed over time, the end marked."""
     figure = Figure(figsize=(10.5, 6.2), dpi=150, layout="constrained")
     axes = figure.subplots(2, 3, squeeze=False, sharex="col", sharey="col")
-    norm = LogNorm(min(run.lr for run in runs) / 1.5, max(run.lr for run in runs) * 1.5)
+    norm = LogNorm(min(run.lr for run in runs) / 1.5, max(run.lr for run in runs) * 3)
     ends = correlations["all arms"]["at_the_end"], correlations["all arms"]["at_the_end, given lr"]
     for column, (x, y, x_name, y_name) in enumerate(PANELS):
         above, below = axes[0][column], axes[1][column]
@@ -38,7 +38,7 @@ def draw(name: str, runs: Sequence[Any], correlations: Mapping[str, Any]) -> Pat
                 below.plot(run.at_the_end(x), run.at_the_end(y), MARKS[run.arm], color=color, markersize=4.5)
         pair = f"{x} ~ {y}"
         above.set_title(
-            f"rank correlation {ends[0][pair][0]:+.2f}; given the learning rate {ends[1][pair][0]:+.2f}",
+            f"rank correlation {ends[0][pair][0]:+.2f}, given lr {ends[1][pair][0]:+.2f}",
             fontsize=8.5,
             color=pictures.INK,
         )

@@ -8,7 +8,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from trimtab.errors import RecipeError
-from trimtab.reparam.carried import is_sharded
 
 if TYPE_CHECKING:
     from trimtab.tasks.recipe import Recipe
