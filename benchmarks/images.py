@@ -56,17 +56,17 @@ CHANCE = 0.1
 # norms, before momentum: this share is the first number here.
 LARS = [
     {"optimizer": "lars", "lr": lr, "trust_coefficient": round(share / lr, 3)}
-    for share in (0.001, 0.002, 0.004)
+    for share in (0.001, 0.002, 0.004, 0.008)
     for lr in (0.005, 0.02)
 ]
 SIGMA_SGD = [
     {"optimizer": "sgd", "lr": lr, "stabilizer": f"sigma:gamma_init=one:init_std={std}"}
-    for lr in (0.05, 0.1, 0.2)
+    for lr in (0.05, 0.1, 0.2, 0.4)
     for std in (0.1, 0.2)
 ]
 ADAMW = [
     {"optimizer": "adamw", "lr": lr, "weight_decay": decay, "warmup_steps": 100}
-    for lr in (1e-3, 3e-3, 6e-3)
+    for lr in (1e-3, 3e-3, 6e-3, 1.2e-2)
     for decay in (0.05, 0.3)
 ]
 # Name: where the LayerNorms are, the stabilizer, the settings to be tuned over.

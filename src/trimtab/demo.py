@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.live import Live
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from trimtab.errors import RunFolderError, TrimtabError
@@ -23,6 +22,7 @@ from trimtab.tasks.images import ImagesRecipe, vit_digits
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.compare.running import Failure, run_places
 from trimtab.train.hardware import Hardware
+from trimtab.train.live_view import LiveView
 from trimtab.train.progress import Progress, Result
 
 MARKER = "demo.json"
@@ -77,6 +77,8 @@ def demo(
     _clear(folder, list(recipes))
     start = time.perf_counter()
     places = [RunPlace(name, recipe.stabilizer, recipe, folder / name) for name, recipe in recipes.items()]
+    arms = " against ".join(arm.name for arm in ARMS)
+    console.print(f"A small ViT on handwritten digits: {arms}, {len(recipes)} runs.\n")
     with _Screen(recipes, console) as screen:
         run_places(places, jobs=_WORKERS, threads=1, on_news=screen.hear, hardware=Hardware(accelerator="cpu"))
     path = folder / PAGE
@@ -110,26 +112,14 @@ def _clear(folder: Path, names: Sequence[str]) -> None:
     marker.write_text(json.dumps({"runs": list(names)}) + "\n", encoding="utf-8")
 
 
-class _Screen:
+class _Screen(LiveView):
     """The live table in a terminal; elsewhere a line for each run that ends."""
 
     def __init__(self, recipes: dict[str, ImagesRecipe], console: Console) -> None:
+        super().__init__(console)
         self.recipes = recipes
-        self.console = console
         self.progress: dict[str, Progress] = {}
         self.results: dict[str, Result] = {}
-        self.live = Live(console=console, get_renderable=self.table, refresh_per_second=4)
-
-    def __enter__(self) -> "_Screen":
-        arms = " against ".join(arm.name for arm in ARMS)
-        self.console.print(f"A small ViT on handwritten digits: {arms}, {len(self.recipes)} runs.\n")
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
 
     def hear(self, name: str, news: Progress | Result | Failure) -> None:
         """Take note of how a run goes."""
@@ -139,12 +129,12 @@ class _Screen:
             self.progress[name] = news
             return
         self.results[name] = news
-        if not self.console.is_terminal:
+        if not self._console.is_interactive:
             titled = zip(_COLUMNS, self.row(name), strict=True)
             line = ", ".join(f"{column} {cell}".strip() for column, cell in titled)
-            self.console.print(line, soft_wrap=True, highlight=False)
+            self._console.print(line, soft_wrap=True, highlight=False)
 
-    def table(self) -> Table:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Every run on a line."""
         table = Table(box=None, header_style="dim", pad_edge=False)
         for index, column in enumerate(_COLUMNS):
@@ -152,7 +142,7 @@ class _Screen:
         for name in self.recipes:
             row = self.row(name)
             table.add_row(*row, style="" if name in self.progress else "dim")
-        return table
+        yield table
 
     def row(self, name: str) -> list[str]:
         """What is known of a run, a cell for each column."""

@@ -58,8 +58,10 @@ class ContrastRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise RecipeError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.temperature < float("inf"):
+            raise RecipeError(f"temperature must be a positive number, got {self.temperature}")
+        if self.batch_size < 2:
+            raise RecipeError("batch_size must be at least 2, got 1: the negatives of an image are the others of its step")
         if self.probe_images < 1 or self.validation < 0:
             raise RecipeError(
                 f"probe_images must be at least 1 and validation at least 0, got {self.probe_images} and "
@@ -109,6 +111,7 @@ class ContrastRecipe(Recipe):
             metric="probe_accuracy",
             higher_is_better=True,
             prepare=prepare,
+            facts={"unreadable_files": len(data.unreadable)} if data.unreadable else {},
         )
 
 

@@ -33,13 +33,14 @@ class Probe(NamedTuple):
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3, steps: int = 200) -> Probe:
     """Multinomial logistic regression on standardised features, by L-BFGS.
 
-    Minimises the mean cross-entropy plus decay / 2 · ||weight||², which has one minimum.
+    Minimises the mean cross-entropy plus decay / 2 · (||weight||² + ||bias||²), which has one minimum: without the decay
+    of the bias, that of a class without images would fall for ever.
 
     Args:
         features: (N, D).
         labels: (N,), int64.
         num_classes: K.
-        decay: of the weights; the bias has none.
+        decay: of weight and bias.
         steps: of L-BFGS at most.
 
     Returns:
@@ -64,7 +65,8 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, decay: float =
 
         def closure() -> Tensor:
             search.zero_grad()
-            loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + decay / 2 * weight.square().sum()
+            size = weight.square().sum() + bias.square().sum()
+            loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + decay / 2 * size
             loss.backward()
             return loss
 

@@ -1,11 +1,13 @@
-"""The digits ViT under every stabilizer, over learning rates and seeds: the first whole table.
+"""A small ViT under the stabilizers, over learning rates and seeds: digits, or every stabilizer on Fashion-MNIST.
 
-    python benchmarks/compare_digits.py                # about 30 minutes on 2 cores; killed, it goes on where it was
-    python benchmarks/compare_digits.py --seeds 2      # the smallest useful table
-    python benchmarks/compare_digits.py --quick        # every arm, one learning rate, one seed, 20 steps: does it run?
+    python benchmarks/compare_stabilizers.py digits    # about 30 minutes on 2 cores; killed, it goes on where it was
+    python benchmarks/compare_stabilizers.py fashion   # about an hour
+    python benchmarks/compare_stabilizers.py fashion --seeds 1    # the smallest useful table
+    python benchmarks/compare_stabilizers.py digits --quick       # every arm, one learning rate, 20 steps: does it run?
 
-All arms: AdamW without decay, 200 steps of 64 images, constant learning rate, the pre-LN model from Glorot's start (the
-best of those tried at its own best learning rate) unless the arm changes it:
+All arms: AdamW without decay, batches of 64, constant learning rate, no warmup or clipping, the pre-LN model from
+Glorot's start (on the digits the best of those tried at its own best learning rate) unless the arm changes it. Digits:
+200 steps; Fashion-MNIST: 500. Every arm is the stabilizer of its name (`trimtab.stabilizers`), and beside these:
   none, N(0, 0.2²)    another start
   none, torch's start PyTorch's own
   sigma               sigma-Reparam with gamma 1 on every layer, weights N(0, 0.4²), no LayerNorm
@@ -13,11 +15,10 @@ best of those tried at its own best learning rate) unless the arm changes it:
   init-scale          the control: no LayerNorm, every weight merely starts at W / sigma(W), no reparametrisation
   init-scale, pre-LN  the same with LayerNorm
   deepnorm            post-LN
-  warmup              50 steps, linear
-  clip                of the gradient to norm 1
 
 Prints the final test accuracy, median (lowest-highest) of the seeds, and the lowest entropy any head had in any of
-them (0 to 1). Writes results/compare_digits.json with every run, and the measures of the report beside it.
+them (0 to 1). Writes results/compare_<task>.json with every run and the measures of the report, and the report's
+picture.
 """
 
 import argparse
@@ -31,8 +32,9 @@ from typing import Any
 import measure
 
 from trimtab.report.compare_page import ComparePage, write_compare_page
+from trimtab.report.export import write_png
 from trimtab.report.runlog import read_run
-from trimtab.tasks.images import vit_digits
+from trimtab.tasks.images import vit_digits, vit_fashion
 from trimtab.tasks.recipe import Recipe
 from trimtab.train.compare import Failure, compare
 from trimtab.train.compare.grid import RunPlace
@@ -40,43 +42,52 @@ from trimtab.train.folder import ERROR
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 
-LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-ARMS = {
+LRS = {"digits": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "fashion": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+STEPS = {"digits": 200, "fashion": 500}
+SIGMA = "gamma_init=one:init_std=0.4"
+BOTH = {
     "none": "none",
-    "none, N(0, 0.2²)": "none",
-    "none, torch's start": "none",
     "qk-norm": "qk-norm",
     "softcap": "softcap",
     "qk-clip": "qk-clip",
     "deepnorm": "deepnorm",
     "warmup": "warmup:steps=50",
     "clip": "clip:norm=1.0",
-    "init-scale": "init-scale:gamma_init=one:init_std=0.4:remove_norms=true",
-    "init-scale, pre-LN": "init-scale:gamma_init=one:init_std=0.4",
-    "sigma": "sigma:gamma_init=one:init_std=0.4:remove_norms=true",
-    "sigma, pre-LN": "sigma:gamma_init=one:init_std=0.4",
+    "init-scale": f"init-scale:{SIGMA}:remove_norms=true",
+    "init-scale, pre-LN": f"init-scale:{SIGMA}",
+    "sigma": f"sigma:{SIGMA}:remove_norms=true",
+    "sigma, pre-LN": f"sigma:{SIGMA}",
 }
+ARMS = {
+    "digits": BOTH | {"none, N(0, 0.2²)": "none", "none, torch's start": "none"},
+    "fashion": BOTH
+    | {name: name for name in ("spectral-norm", "weight-norm", "layer-scale", "rezero", "z-loss", "muon")},
+}
+STARTS = {"none, N(0, 0.2²)": {"init": "normal", "init_std": 0.2}, "none, torch's start": {"init": "torch"}}
 
 
-def arms(quick: bool) -> dict[str, Recipe]:
-    steps = 20 if quick else 200
-    plain = replace(vit_digits(), steps=steps, watch_every=10, eval_every=steps)
-    found: dict[str, Recipe] = {name: replace(plain, stabilizer=stabilizer) for name, stabilizer in ARMS.items()}
-    starts = {"none, N(0, 0.2²)": {"init": "normal", "init_std": 0.2}, "none, torch's start": {"init": "torch"}}
-    return found | {name: replace(plain, model=replace(plain.model, **start)) for name, start in starts.items()}
+def arms(task: str, quick: bool) -> dict[str, Recipe]:
+    recipe = {"digits": vit_digits, "fashion": vit_fashion}[task]()
+    bare = {"warmup_steps": 0, "weight_decay": 0.0, "clip": None, "schedule": "constant"}
+    steps = 20 if quick else STEPS[task]
+    plain = replace(recipe, **bare, steps=steps, watch_every=10, eval_every=steps)
+    found: dict[str, Recipe] = {name: replace(plain, stabilizer=spec) for name, spec in ARMS[task].items()}
+    starts = {name: replace(plain, model=replace(plain.model, **STARTS[name])) for name in STARTS if name in found}
+    return found | starts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/compare_digits by default")
+    parser.add_argument("task", choices=list(ARMS))
+    parser.add_argument("--folder", type=Path, help="of the runs; runs/compare_<task> by default")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    name = "compare_digits_quick" if arguments.quick else "compare_digits"
+    name = f"compare_{arguments.task}{'_quick' * arguments.quick}"
     folder = arguments.folder or Path("runs") / name
-    chosen = arms(arguments.quick)
-    lrs = LRS[3:4] if arguments.quick else LRS
+    chosen = arms(arguments.task, arguments.quick)
+    lrs = LRS[arguments.task][3:4] if arguments.quick else LRS[arguments.task]
     seeds = range(1 if arguments.quick else arguments.seeds)
     total = len(chosen) * len(lrs) * len(seeds)
     ended: set[str] = set()
@@ -97,14 +108,21 @@ def main() -> None:
         jobs=arguments.jobs,
         on_news=tell,
         hardware=hardware,
-        facts={"recipe_name": "vit-digits"},
+        facts={"recipe_name": f"vit-{arguments.task}"},
     )
     runs = {place.name: row(place) for place in places}
     table(runs, list(chosen), lrs)
     page = write_compare_page([folder], folder / "report.html")
     print(f"\n{page.summary}\n")
-    results = {"recipe": "vit-digits", "arms": ARMS, "measures": measures(page), "runs": runs}
-    print(f"written to {measure.write(name, results)}; the report: {page.path}")
+    results = {
+        "recipe": f"vit-{arguments.task}",
+        "arms": ARMS[arguments.task],
+        "measures": measures(page),
+        "runs": runs,
+    }
+    path = measure.write(name, results)
+    write_png(path.with_suffix(".png"), page.groups[0][0])
+    print(f"written to {path}, its picture beside it; the report: {page.path}")
 
 
 def row(place: RunPlace) -> dict[str, Any]:
