@@ -1,11 +1,11 @@
 """Contrastive pre-training over learning rates and seeds: which arm trains, and what its features are worth.
 
-    python benchmarks/contrast.py                # 90 runs, about an hour on 2 cores; killed, it goes on
+    python benchmarks/contrast.py                # 90 runs, about 40 minutes on 2 cores; killed, it goes on
     python benchmarks/contrast.py --seeds 1      # the smallest useful table
     python benchmarks/contrast.py --quick        # every arm, one learning rate, one seed, 10 steps: does it run?
 
-SimCLR with a small ViT on Fashion-MNIST, without labels: 400 steps of 128 images, cosine, LARS (with which a step moves
-each weight by lr × 0.02 of its size, before momentum). The arms differ in nothing but:
+SimCLR with a small ViT on Fashion-MNIST, without labels: 400 steps of 64 images, cosine, LARS (with which a step moves
+each weight by lr × 0.1 of its size, its share, before momentum). The arms differ in nothing but:
 
   pre-LN          LayerNorm, warmup of 40 steps
   frozen patches  the same with the frozen patch embedding of MoCo v3
@@ -18,8 +18,18 @@ Every arm has the same settings to be tuned over: the learning rates, each with 
 held out; a linear probe and nearest neighbours that know the labels of 5,000 others are measured on them, and choose
 each arm's learning rate. On the test images every run is measured once.
 
-Random features are worth something, too. So a run counts as trained if its probe gains over the random encoder that it
-started from, and at least half of what the best run of all gains.
+Where the grid lies comes from trial runs: 300 steps of 64 images, seed 0, probe and neighbours with 1,500 labels;
+held-out accuracies of the probe, from random to trained features, and of the neighbours at the end:
+
+  pre-LN            AdamW at lr 3e-3     .681 to .763, .600
+  pre-LN            lr 0.02, share .002  .693 to .760, .654 (2,000 labels)
+  pre-LN            lr 0.02, share .006  .681 to .719, .565
+  sigma, pre-LN     lr 0.02, share .002  .681 to .761, .638 (gamma from sigma(W))
+  sigma             lr 0.02, share .002  .600 to .695, .519
+  sigma             lr 0.02, share .006  .612 to .455, .352 (gamma from sigma(W))
+
+Random features are worth something, too, those of a pre-LN encoder most. So a run counts as trained if its probe lies
+above the best random encoder of any arm (median of the runs), by at least half of what the best run of all does.
 
 Prints for each arm the share of runs that trained, and test accuracies at its best learning rate: median
 (lowest-highest) of the seeds. Writes results/contrast.json with every run, and a picture.
@@ -46,14 +56,14 @@ from trimtab.train.compare.grid import RunPlace
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 
-LRS = (0.03, 0.1, 0.3, 1.0, 3.0)
+LRS = (0.005, 0.02, 0.06, 0.2, 0.6)
 
 
 def arms(quick: bool) -> dict[str, ContrastRecipe]:
     steps = 10 if quick else 400
     preln = replace(
         simclr_fashion(),
-        batch_size=128,
+        batch_size=64,
         steps=steps,
         warmup_steps=steps // 10,
         watch_every=steps // 10,
@@ -104,17 +114,14 @@ def main() -> None:
         facts={"recipe_name": "simclr-fashion"},
     )
     runs = [row(place) for place in places]
-    best_gain = max(run["gain"] for run in runs)
-    for run in runs:
-        run["trained"] = run["gain"] > 0 and run["gain"] >= best_gain / 2
+    start, best = mark_trained(runs, list(chosen))
     table = {arm: summary([run for run in runs if run["arm"] == arm], lrs) for arm in chosen}
-    start = statistics.median(run["initial_probe_accuracy"] for run in runs if run["initial_probe_accuracy"])
     show(table, start)
     results = {
         "settings": {"lr": lrs, "seeds": list(seeds)},
         "arms": {arm: {"stabilizer": each.stabilizer, "norm": each.model.norm} for arm, each in chosen.items()},
         "random_encoder_probe_accuracy": start,
-        "best_gain": best_gain,
+        "best_probe_accuracy": best,
         "table": table,
         "runs": runs,
     }
@@ -124,7 +131,7 @@ def main() -> None:
 
 
 def row(place: RunPlace) -> dict[str, Any]:
-    """How a run ended, what its probe gained on the held-out images, and the lowest entropy of any head."""
+    """How a run ended, what its features are worth, and the lowest entropy of any head."""
     run = read_run(place.folder)
     result: dict[str, Any] = run.result or {"status": "error", "metrics": {}, "initial": {}, "test": {}}
     held_out, initial, test = result["metrics"], result["initial"], result["test"]
@@ -136,12 +143,22 @@ def row(place: RunPlace) -> dict[str, Any]:
         "initial_probe_accuracy": initial.get("probe_accuracy"),
         "probe_accuracy": held_out.get("probe_accuracy", 0.0),  # what has broken knows nothing
         "knn_accuracy": held_out.get("knn_accuracy", 0.0),
-        "gain": held_out.get("probe_accuracy", 0.0) - initial.get("probe_accuracy", 0.0),
         "test_probe_accuracy": test.get("probe_accuracy", 0.0),
         "test_knn_accuracy": test.get("knn_accuracy", 0.0),
         "entropy_min": min((value for value in run.column("entropy_min") if value == value), default=None),
         "step_seconds": result.get("step_seconds"),
     }
+
+
+def mark_trained(runs: list[dict[str, Any]], arms: Sequence[str]) -> tuple[float, float]:
+    """Note of each run whether it trained; return the probe's accuracy of the best random encoder and the best run."""
+    starts = {arm: [run["initial_probe_accuracy"] for run in runs if run["arm"] == arm] for arm in arms}
+    known = [[value for value in values if value is not None] for values in starts.values()]
+    start = max((statistics.median(values) for values in known if values), default=0.0)
+    best = max(run["probe_accuracy"] for run in runs)
+    for run in runs:
+        run["trained"] = run["probe_accuracy"] > start and run["probe_accuracy"] >= (start + best) / 2
+    return start, best
 
 
 def summary(runs: Sequence[dict[str, Any]], lrs: Sequence[float]) -> dict[str, Any]:
@@ -163,7 +180,7 @@ def summary(runs: Sequence[dict[str, Any]], lrs: Sequence[float]) -> dict[str, A
 
 
 def show(table: dict[str, dict[str, Any]], start: float) -> None:
-    print(f"\nthe random encoder's probe: {start:.3f}")
+    print(f"\nthe best random encoder's probe: {start:.3f}")
     print(f"{'':16}{'trained':>9}{'best lr':>9}{'probe, test':>23}{'neighbours, test':>23}{'lowest entropy':>16}")
     for arm, each in table.items():
         entropy = "-" if each["entropy_min"] is None else f"{each['entropy_min']:.3f}"
@@ -188,7 +205,7 @@ def draw(runs: list[dict[str, Any]], names: Sequence[str], lrs: Sequence[float],
         entropy = [[run["entropy_min"] for run in cell if run["entropy_min"] is not None] for cell in cells]
         panels[2].plot(lrs, [statistics.median(each) if each else float("nan") for each in entropy], **style)
     panels[1].axhline(start, color="grey", linestyle=":", linewidth=1)
-    panels[1].annotate("random encoder", (lrs[0], start - 0.005), fontsize=7, color="grey", va="top")
+    panels[1].annotate("best random encoder", (lrs[0], start - 0.005), fontsize=7, color="grey", va="top")
     panels[1].set_ylim(bottom=start - 0.2)  # what has broken lies below
     titles = ("share of runs that trained", "accuracy of the linear probe, held out", "lowest entropy of a head (0-1)")
     for panel, title in zip(panels, titles, strict=True):

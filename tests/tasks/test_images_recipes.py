@@ -1,6 +1,8 @@
 import dataclasses
+import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from torch import Tensor, nn
 
 from trimtab.errors import DataError, RecipeError
 from trimtab.stabilizers import stabilize_
-from trimtab.tasks.images import ImagesRecipe, load_images, vit_digits
+from trimtab.tasks.images import ImagesRecipe, images_recipe, load_images, vit_digits
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import RECIPES
+from trimtab.train import Hardware, train
 
 
 class Fixed(nn.Module):
@@ -222,6 +225,28 @@ def test_fields_that_do_not_fit_are_refused(changes: dict[str, object], message:
         dataclasses.replace(vit_digits(), **changes).task()
 
 
-def test_a_model_without_a_head_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"model\.num_classes must be at least 1, got 0"):
-        dataclasses.replace(vit_digits(), model=dataclasses.replace(vit_digits().model, num_classes=0))
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_model_that_tells_nothing_apart_is_refused(classes: int) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"model\.num_classes must be at least 2 to tell images apart, got {classes}"
+    ):
+        dataclasses.replace(vit_digits(), model=dataclasses.replace(vit_digits().model, num_classes=classes))
+
+
+def test_a_run_tells_how_many_files_were_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = load_images("digits")
+    small = dataclasses.replace(vit_digits().model, dim=8, depth=1, num_heads=1)
+    recipe = dataclasses.replace(vit_digits(), model=small, steps=1, watch=False)
+    for number, unreadable in enumerate(((), ("train/3/a.png", "val/4/b.png"))):
+        found = dataclasses.replace(data, unreadable=unreadable)
+        monkeypatch.setattr(images_recipe, "load_images", lambda *_, found=found: found)
+        train(recipe, tmp_path / str(number), hardware=Hardware("cpu"))
+        run = json.loads((tmp_path / str(number) / "run.json").read_text())
+        assert run.get("unreadable_files", 0) == len(unreadable)
+
+
+def test_data_of_one_class_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = dataclasses.replace(load_images("digits"), classes=("thing",))
+    monkeypatch.setattr(images_recipe, "load_images", lambda *_: data)
+    with pytest.raises(DataError, match=r"digits has one class only \(thing\): telling images apart takes two"):
+        vit_digits().task()

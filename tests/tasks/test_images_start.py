@@ -102,14 +102,14 @@ def test_a_new_head_is_drawn_and_the_rest_is_taken(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"num_classes": 3}, "has num_classes 3, the recipe's model has 10: --new-head draws a new head"),
-        ({"in_channels": 3}, "has in_channels 3, the recipe's model has 1: set the recipe's to match"),
+        ({"in_channels": 3}, "has in_channels 3, the recipe's model has 1: --model.in-channels 3 takes a model"),
         ({"image_size": 16}, "has tokens 64, the recipe's model has 16: image_size, patch_size and pool must be"),
         ({"patch_size": 4}, "has patch_size 4, the recipe's model has 2"),
         ({"dim": 16}, "has dim 16, the recipe's model has 8"),
         ({"depth": 1}, "has depth 1, the recipe's model has 2"),
         ({"num_heads": 4}, "has num_heads 4, the recipe's model has 2"),
         ({"pool": "cls"}, "has pool cls, the recipe's model has mean"),
-        ({"norm": "none"}, "has LayerNorm False, the recipe's model has True"),
+        ({"norm": "none"}, "has norm none, the recipe's model has pre: --model.norm none"),
         ({"qkv_bias": False}, r"blocks.0.attention.key.bias has the shape None there and \(8,\)"),
     ],
 )

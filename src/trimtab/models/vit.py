@@ -132,7 +132,7 @@ def vit_config(size: Size, **changes: Any) -> ViTConfig:
     """A ViT of a published size, for ImageNet: 224 pixels, patches of 16 (H: 14), 1,000 classes.
 
     Args:
-        size: "Ti", "S", "B", "L" or "H": 5.7, 22, 86, 304 or 632 million parameters.
+        size: "Ti", "S", "B", "L" or "H": 5.7, 22, 87, 304 or 632 million parameters.
         changes: any field of `ViTConfig`, in place of these.
 
     Raises:

@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from trimtab.errors import RecipeError
+from trimtab.reparam.carried import is_sharded
 
 if TYPE_CHECKING:
     from trimtab.tasks.recipe import Recipe
@@ -54,9 +55,15 @@ def _lars(recipe: "Recipe", groups: list[dict[str, Any]]) -> Optimizer:
         raise RecipeError(
             "optimizer lars comes from the package pytorch-optimizer, which is missing: pip install 'trimtab[lab]'"
         ) from None
-    return cast(
-        Optimizer, LARS(groups, recipe.lr, momentum=recipe.momentum, trust_coefficient=recipe.trust_coefficient)
+    sharded = any(is_sharded(p) for group in groups for p in group["params"])
+    made = LARS(
+        groups,
+        recipe.lr,
+        momentum=recipe.momentum,
+        trust_coefficient=recipe.trust_coefficient,
+        foreach=False if sharded else None,  # torch has no _foreach_copy_ of shards
     )
+    return cast(Optimizer, made)
 
 
 def _groups(model: nn.Module, parameters: list[nn.Parameter], decay: float) -> list[dict[str, Any]]:

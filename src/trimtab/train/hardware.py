@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,29 @@ def distributed(fabric: "Fabric", module: nn.Module, *, compiled: bool) -> nn.Mo
     if compiled:
         module.compile()  # in place: names and classes stay
     # The strategy itself: what Fabric would wrap around it casts inputs that autocast leaves alone, and costs time.
-    return fabric.strategy.setup_module(module)
+    shared = fabric.strategy.setup_module(module)
+    if isinstance(shared, nn.parallel.DistributedDataParallel):
+        _let_torch_advise_unheard(fabric.device)
+    return shared
+
+
+def _let_torch_advise_unheard(device: torch.device) -> None:
+    """Torch advises, once a process, against looking for unused parameters where there are none; nobody can act on it.
+
+    It writes to the standard error past Python's warnings, at the first forward: here of a model of its own, which
+    draws no random number.
+    """
+    model = nn.utils.skip_init(nn.Linear, 1, 1, device=device)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    sys.stderr.flush()
+    heard, unheard = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(unheard, 2)
+    try:
+        parallel(torch.zeros(1, 1, device=device))
+    finally:
+        os.dup2(heard, 2)
+        os.close(heard)
+        os.close(unheard)
 
 
 @contextmanager

@@ -113,13 +113,28 @@ def test_a_run_goes_on_to_the_same_bits_and_leaves_the_patches_alone(tmp_path: P
     ("changes", "message"),
     [
         ({"accumulate": 2}, "accumulate must be 1, got 2: the negatives of an image are those of its micro-batch"),
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be a positive number, got nan"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1: the negatives of an image are the others"),
         ({"probe_images": 0}, "probe_images must be at least 1"),
     ],
 )
 def test_what_would_be_another_loss_is_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         replace(SMALL, **changes)
+
+
+def test_batch_norm_over_processes_without_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.tasks.contrast.contrast_recipe.place", lambda: (0, 2))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RecipeError, match='use "none", or one process'):
+        replace(SMALL, projector_norm="batch").task()
+
+
+def test_a_run_tells_of_files_that_were_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = replace(load_images("digits"), unreadable=("train/0/a.jpg", "val/3/b.jpg"))
+    monkeypatch.setattr("trimtab.tasks.contrast.contrast_recipe.load_images", lambda *args, **options: data)
+    assert SMALL.task().facts == {"unreadable_files": 2}
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,22 @@ def test_the_probe_is_scikit_learns_logistic_regression(decay: float) -> None:
     new, _ = some(50, seed=1)
     probe = fit_probe(features, labels, 3, decay)
     scaler = StandardScaler().fit(features.numpy())
-    model = LogisticRegression(C=1 / (decay * len(labels)), tol=1e-10, max_iter=10_000)
-    model.fit(scaler.transform(features.numpy()), labels.numpy())
-    expected = model.predict_proba(scaler.transform(new.numpy()))
+
+    def inputs(features: Tensor) -> np.ndarray:  # the last column has the bias for its weight, so that it decays
+        return np.c_[scaler.transform(features.numpy()), np.ones(len(features))]
+
+    model = LogisticRegression(C=1 / (decay * len(labels)), tol=1e-10, max_iter=10_000, fit_intercept=False)
+    model.fit(inputs(features), labels.numpy())
     # the gradient of both ends below 1e-6, and the flattest direction is as steep as the decay
-    np.testing.assert_allclose(probe.logits(new).softmax(dim=1).numpy(), expected, atol=3e-4)
-    np.testing.assert_allclose(probe.weight.numpy(), model.coef_, atol=3e-3)
+    np.testing.assert_allclose(probe.logits(new).softmax(dim=1).numpy(), model.predict_proba(inputs(new)), atol=3e-4)
+    np.testing.assert_allclose(torch.cat([probe.weight, probe.bias[:, None]], 1).numpy(), model.coef_, atol=3e-3)
+
+
+def test_a_class_without_images_has_a_probe_too() -> None:
+    features, labels = some(300)
+    short, long = (fit_probe(features, labels, 4, 1e-3, steps) for steps in (200, 2000))
+    assert (short.logits(features).argmax(dim=1) != 3).all()
+    torch.testing.assert_close(short.bias, long.bias, rtol=0, atol=2e-3)  # it does not fall for ever; both below 1e-6
 
 
 def test_a_feature_that_is_constant_up_to_rounding_is_not_blown_up() -> None:

@@ -11,7 +11,7 @@ from trimtab.errors import RecipeError
 from trimtab.models.simclr import ProjectorNorm, SimCLR
 from trimtab.models.vit import ViTConfig
 from trimtab.tasks.contrast.evaluation import evaluator
-from trimtab.tasks.contrast.nt_xent import nt_xent
+from trimtab.tasks.contrast.nt_xent import nt_xent, place
 from trimtab.tasks.contrast.views import view_maker
 from trimtab.tasks.images.data import ImageData, Split, load_images
 from trimtab.tasks.recipe import Recipe
@@ -61,7 +61,9 @@ class ContrastRecipe(Recipe):
         if not 0 < self.temperature < float("inf"):
             raise RecipeError(f"temperature must be a positive number, got {self.temperature}")
         if self.batch_size < 2:
-            raise RecipeError("batch_size must be at least 2, got 1: the negatives of an image are the others of its step")
+            raise RecipeError(
+                "batch_size must be at least 2, got 1: the negatives of an image are the others of its step"
+            )
         if self.probe_images < 1 or self.validation < 0:
             raise RecipeError(
                 f"probe_images must be at least 1 and validation at least 0, got {self.probe_images} and "
@@ -78,8 +80,13 @@ class ContrastRecipe(Recipe):
 
         Raises:
             DataError: the data set cannot be loaded.
-            RecipeError: the model does not fit the data, or the data are too few.
+            RecipeError: the model does not fit the data, or the data are too few; or several processes without GPUs
+                cannot have the projector's BatchNorm.
         """
+        if self.projector_norm == "batch" and place()[1] > 1 and not torch.cuda.is_available():
+            raise RecipeError(
+                'projector_norm "batch" is over all processes, which torch has on GPUs only: use "none", or one process'
+            )
         data = load_images(self.data, image_size=self.model.image_size, skip_unreadable=self.skip_unreadable)
         for name, expected in (("image_size", data.side), ("in_channels", data.channels)):
             if getattr(self.model, name) != expected:
@@ -116,7 +123,7 @@ class ContrastRecipe(Recipe):
 
 
 def _unlabelled(split: Split, chosen: Tensor) -> Examples:
-    # Without a generator: the views, which are made of the whole image, are what is random.
+    # Without a generator: what is random is the views, which are made of the image as it is evaluated.
     return Examples(len(chosen), lambda indices, _: split.read(chosen[indices], None))
 
 

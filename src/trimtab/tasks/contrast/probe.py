@@ -33,8 +33,8 @@ class Probe(NamedTuple):
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3, steps: int = 200) -> Probe:
     """Multinomial logistic regression on standardised features, by L-BFGS.
 
-    Minimises the mean cross-entropy plus decay / 2 · (||weight||² + ||bias||²), which has one minimum: without the decay
-    of the bias, that of a class without images would fall for ever.
+    Minimises the mean cross-entropy plus decay / 2 · (||weight||² + ||bias||²), which has one minimum: undecayed, the
+    bias of a class without images would fall for ever.
 
     Args:
         features: (N, D).

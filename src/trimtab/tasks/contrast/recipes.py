@@ -35,14 +35,14 @@ def simclr_fashion() -> ContrastRecipe:
             position_std=0.5,
         ),
         optimizer="lars",
-        lr=0.1,
-        trust_coefficient=0.02,
+        lr=0.02,
+        trust_coefficient=0.1,
         schedule="cosine",
         warmup_steps=100,
-        batch_size=256,
-        steps=2000,
+        batch_size=128,
+        steps=1000,
         watch_every=50,
-        eval_every=500,
+        eval_every=250,
     )
 
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from trimtab.errors import DataError
 
-_SMALL = 64  # pixels; below, images are as those of CIFAR-10: no blur, half the colour jitter (appendix B.9)
+_SMALL = 64  # pixels; below, as for CIFAR-10 (appendix B.9), no blur and half the colour jitter; larger crops are ours
 
 
 def view_maker(channels: int, side: int) -> Callable[[Tensor], Tensor]:
     """Make what draws one random view of each image.
 
-    Colour images get the views of SimCLR (Chen et al., arXiv 2002.05709, appendix A; below 64 pixels as for CIFAR-10).
-    Grey ones have no colour to jitter: crop, flip, small rotation, light, and a part that is erased.
+    Colour images get the views of SimCLR (Chen et al., arXiv 2002.05709, appendix A): crop, flip, colour jitter, grey,
+    blur; below 64 pixels as for CIFAR-10, without blur and with half the jitter, but crops of at least a fifth of the
+    image. Grey ones have no colour to jitter: crop, flip, small rotation, light, and a part that is erased.
 
     Args:
         channels: 3, or 1 for grey.

@@ -4,7 +4,6 @@ Everything is drawn from torch's global random number generators, which checkpoi
 is imported only by what needs it.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,31 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.errors import RecipeError
-
-# kornia draws RandAugment's operations once for all images that it is given at a time, the paper for each image. Fewer
-# together would be nearer to it, and slower.
-_TOGETHER = 32
-
-# RandAugment's operations, with the ranges of AutoAugment (Cubuk et al., arXiv 1805.09501, table 6), as kornia takes
-# them: solarize from 0 to 1, a translation as a share of the side (150 of 331 pixels), and a shear as an angle over 180
-# degrees, where the paper has its tangent. A brightness of 1 is the identity.
-_SHEAR = math.degrees(math.atan(0.3)) / 180
-_POLICY = [
-    ("brightness", 1.0, 1.0),
-    ("auto_contrast", 0, 1),
-    ("equalize", 0, 1),
-    ("rotate", -30.0, 30.0),
-    ("solarize", 0.0, 1.0),
-    ("color", 0.1, 1.9),
-    ("posterize", 4.0, 8.0),
-    ("contrast", 0.1, 1.9),
-    ("brightness", 0.1, 1.9),
-    ("sharpness", 0.1, 1.9),
-    ("shear_x", -_SHEAR, _SHEAR),
-    ("shear_y", -_SHEAR, _SHEAR),
-    ("translate_x", -150 / 331, 150 / 331),
-    ("translate_y", -150 / 331, 150 / 331),
-]
+from trimtab.tasks.images.rand_augment import LARGEST, rand_augment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +23,7 @@ class Augment:
     Attributes:
         crop: pixels of black that an image gets on each side before a crop of its own size is cut out at random.
         flip: whether half of the images are mirrored, left to right.
-        rand_augment: operations for an image, and their magnitude from 1 to 29 (Cubuk et al., arXiv 1909.13719); None
+        rand_augment: operations for an image, and their magnitude from 0 to 30 (Cubuk et al., arXiv 1909.13719); None
             for none. Grey images have no "color" operation.
         erasing: probability with which a rectangle of an image is set to the mean (Zhong et al., arXiv 1708.04896).
         mixup: alpha of mixup (Zhang et al., arXiv 1710.09412): an image is x of itself and 1 - x of another, as is its
@@ -74,9 +49,9 @@ class Augment:
             raise RecipeError(f"augment.crop must be at least 0 pixels, got {self.crop}")
         if self.rand_augment is not None:
             operations, magnitude = self.rand_augment
-            if not (1 <= operations <= 13 and 1 <= magnitude <= 29):
+            if operations < 1 or not 0 <= magnitude <= LARGEST:
                 raise RecipeError(
-                    f"augment.rand_augment must be 1 to 13 operations and a magnitude from 1 to 29, got "
+                    f"augment.rand_augment must be at least 1 operation and a magnitude from 0 to {LARGEST}, got "
                     f"{operations} and {magnitude}"
                 )
         for name in ("mixup", "cutmix"):
@@ -91,13 +66,12 @@ Standardize = Callable[[Tensor], Tensor]
 Augmented = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def augmentation(augment: Augment, standardize: Standardize, channels: int, side: int, num_classes: int) -> Augmented:
+def augmentation(augment: Augment, standardize: Standardize, side: int, num_classes: int) -> Augmented:
     """Make the function that augments a batch.
 
     Args:
         augment: what is to be done.
         standardize: from images (B, C, side, side), uint8 or float32 from 0 to 255, to standardised ones, float32.
-        channels: of an image, C.
         side: of an image, in pixels.
         num_classes: K.
 
@@ -111,7 +85,7 @@ def augmentation(augment: Augment, standardize: Standardize, channels: int, side
     """
     if augment.crop >= side:
         raise RecipeError(f"augment.crop must be below the image's side of {side} pixels, got {augment.crop}")
-    move = _pixels(augment, channels, side)
+    move = _pixels(augment, side)
     erase = _kornia().RandomErasing(p=augment.erasing) if augment.erasing else None  # zero is the mean by then
     cut = None
     if augment.cutmix:
@@ -161,7 +135,7 @@ def _shares(labels: Tensor, others: Tensor, share: Tensor, num_classes: int) -> 
     return torch.lerp(other, own, share[:, None])
 
 
-def _pixels(augment: Augment, channels: int, side: int) -> Callable[[Tensor], Tensor] | None:
+def _pixels(augment: Augment, side: int) -> Callable[[Tensor], Tensor] | None:
     """From uint8 images to float32 ones from 0 to 255, cropped, flipped and changed; None for nothing to do."""
     steps: list[Callable[[Tensor], Tensor]] = []
     if augment.crop:
@@ -169,7 +143,9 @@ def _pixels(augment: Augment, channels: int, side: int) -> Callable[[Tensor], Te
     if augment.flip:
         steps.append(_kornia().RandomHorizontalFlip())
     if augment.rand_augment is not None:
-        steps.append(_rand_augment(*augment.rand_augment, grey=channels != 3))
+        _kornia()
+        operations, magnitude = augment.rand_augment
+        steps.append(lambda images: rand_augment(images, operations, magnitude))
     if not steps:
         return None
 
@@ -180,15 +156,6 @@ def _pixels(augment: Augment, channels: int, side: int) -> Callable[[Tensor], Te
         return images * 255
 
     return moved
-
-
-def _rand_augment(operations: int, magnitude: int, grey: bool) -> Callable[[Tensor], Tensor]:
-    _kornia()
-    from kornia.augmentation.auto import RandAugment
-
-    policy: Any = [[each] for each in _POLICY if not (grey and each[0] == "color")]
-    change: Any = RandAugment(operations, magnitude, policy=policy)
-    return lambda images: torch.cat([change(part) for part in images.split(_TOGETHER)])
 
 
 def _kornia() -> Any:

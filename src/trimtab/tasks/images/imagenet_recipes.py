@@ -4,8 +4,7 @@
 
 Whose numbers they are:
 - DeiT (Touvron et al., arXiv 2012.12877, table 9): the batch, learning rate, decay, warmup, schedule, epochs,
-  stochastic depth and augmentations of "deit". Not here: its repeated augmentation, and the random part of
-  RandAugment's magnitude.
+  stochastic depth and augmentations of "deit". What its code does otherwise is told in docs/images.md.
 - The paper of sigma-Reparam (Zhai et al., arXiv 2303.06296) and its code: no LayerNorm, warmup or decay,
   LARS, gamma 1, stochastic depth 0.1 (B) and 0.2 (L), and the gain of the patch embedding from L on.
 - Our own, tried on small sets only: the learning rate and trust coefficient of LARS, with batch and augmentations as in
@@ -23,7 +22,7 @@ from trimtab.tasks.images.recipes import DEIT, SIGMA, SIGMA_PRELN
 _BATCH = 1024
 _EPOCH = 1_281_167 // _BATCH  # steps; the last, short batch of an epoch is left out
 _SIZES: dict[str, Size] = {"ti16": "Ti", "s16": "S", "b16": "B", "l16": "L", "h14": "H"}
-# DeiT's magnitude of RandAugment is 9 of 10
+# DeiT's magnitude of RandAugment is 9 of 10, ours of 30
 _AUGMENT = Augment(rand_augment=(2, 27), erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 _WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "deit": ({**DEIT, "lr": 5e-4 * _BATCH / 512, "warmup_steps": 5 * _EPOCH}, "pre-LN, AdamW, warmup, decay (DeiT)"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import RecipeError
+from trimtab.errors import DataError, RecipeError
 from trimtab.models.vit import ViT, ViTConfig
 from trimtab.tasks.images.augment import Augment, augmentation
 from trimtab.tasks.images.data import ImageData, Split, load_images
@@ -53,8 +53,10 @@ class ImagesRecipe(Recipe):
         super().__post_init__()
         if self.validation < 0:
             raise RecipeError(f"validation must be at least 0, got {self.validation}")
-        if self.model.num_classes < 1:
-            raise RecipeError("model.num_classes must be at least 1, got 0: a model that tells images apart has a head")
+        if self.model.num_classes < 2:
+            raise RecipeError(
+                f"model.num_classes must be at least 2 to tell images apart, got {self.model.num_classes}"
+            )
         if self.new_head and self.weights is None:
             raise RecipeError("new_head is for a start from weights: without, every weight is drawn, so leave it out")
         if self.weights is not None:
@@ -64,13 +66,13 @@ class ImagesRecipe(Recipe):
         """Load the data and draw the model.
 
         Raises:
-            DataError: the data set cannot be loaded.
+            DataError: the data set cannot be loaded, or has one class only.
             CheckpointError: `weights` is no checkpoint, or not of such a model.
             RecipeError: the model does not fit the data, or kornia is needed and not installed.
         """
         data = load_images(self.data, self.model.image_size, self.skip_unreadable)
         self._check_fit(data)
-        augmented = augmentation(self.augment, data.standardize, data.channels, data.side, data.num_classes)
+        augmented = augmentation(self.augment, data.standardize, data.side, data.num_classes)
         train, held_out = _parted(data.train.size, self.validation)
         test = _examples(data.test, torch.arange(data.test.size))
         model = ViT(self.model)
@@ -99,6 +101,8 @@ class ImagesRecipe(Recipe):
 
     def _check_fit(self, data: ImageData) -> None:
         """Refuse a model whose images or classes are not the data's, and a validation set that leaves nothing."""
+        if data.num_classes < 2:
+            raise DataError(f"{self.data} has one class only ({data.classes[0]}): telling images apart takes two")
         fits = (("image_size", data.side), ("in_channels", data.channels), ("num_classes", data.num_classes))
         for name, expected in fits:
             got = getattr(self.model, name)

@@ -78,7 +78,7 @@ def _refuse_other(path: str, found: Mapping[str, tuple[int, ...]], own: Mapping[
     theirs, ours = _fields(found), _fields(own)
     for name, value in ours.items():
         if theirs[name] != value:
-            what = "set the recipe's to match"
+            what = f"--model.{name.replace('_', '-')} {theirs[name]} takes a model like that"
             if name == "num_classes":
                 what = "--new-head draws a new head"
             elif name == "tokens":
@@ -105,7 +105,7 @@ def _fields(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "depth": len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
         "pool": "cls" if "class_token" in shapes else "mean",
         "tokens": shapes.get("position", nothing)[0],
-        "LayerNorm": "blocks.0.mlp_norm.weight" in shapes,
+        "norm": "none" if "blocks.0.mlp_norm.weight" not in shapes else "pre" if "norm.weight" in shapes else "post",
     }
 
 
@@ -121,6 +121,6 @@ def _refuse_other_heads(path: str, model: ViT) -> None:
             if there != model.config.num_heads:
                 raise CheckpointError(
                     f"{path} has num_heads {there}, the recipe's model has {model.config.num_heads}: "
-                    "set the recipe's to match"
+                    f"--model.num-heads {there} takes a model like that"
                 )
             return
