@@ -30,9 +30,9 @@ from PIL import Image
 
 from trimtab.models import vit_config
 from trimtab.tasks.images import ImagesRecipe, load_images, vit_fashion
-from trimtab.tasks.images.folder_listing import list_images
-from trimtab.tasks.images.image_data import Split
-from trimtab.tasks.images.unreadable_files import decode_all
+from trimtab.tasks.images.sets import Split
+from trimtab.tasks.images.sets.listing import list_images
+from trimtab.tasks.images.sets.unreadable import decode_all
 from trimtab.train import Hardware, Progress, train
 from trimtab.train.order import batches
 

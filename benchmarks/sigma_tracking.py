@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from trimtab.models.vit import ViT
-from trimtab.tasks.images.data import load_images
 from trimtab.tasks.images.recipes import vit_digits
+from trimtab.tasks.images.sets import load_images
 from trimtab.train.order import batches
 from trimtab.watch.signals.sigmas import SigmaTracker
 from trimtab.watch.signals.weights import plain_weights

@@ -33,7 +33,7 @@ import trimtab as tt
 from trimtab.models.vit import ViT
 from trimtab.reparam import sigma_gamma
 from trimtab.tasks.images import vit_digits
-from trimtab.tasks.images.data import load_images
+from trimtab.tasks.images.sets import load_images
 from trimtab.train.order import batches
 
 LRS = (1e-2, 3e-2)

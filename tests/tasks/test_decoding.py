@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from trimtab.tasks.images.decoding import NUM_DRAWS, evaluation_view, random_crop, training_view, what_is_wrong
+from trimtab.tasks.images.sets.decoding import NUM_DRAWS, evaluation_view, random_crop, training_view, what_is_wrong
 
 RED, WHITE = (200, 30, 60), (255, 255, 255)
 WHOLE = [0.9, 1.0, 0.5, 0.5, 0.5] + [0.0] * (NUM_DRAWS - 5)

@@ -11,8 +11,10 @@ from PIL import Image
 
 from trimtab.errors import DataError
 from trimtab.tasks.data.command import data_command
-from trimtab.tasks.images import ImageData, folder_data, load_images, unreadable_files
-from trimtab.tasks.images.decoding import evaluation_view
+from trimtab.tasks.images import ImageData, load_images
+from trimtab.tasks.images.sets import folder as folder_data
+from trimtab.tasks.images.sets import unreadable as unreadable_files
+from trimtab.tasks.images.sets.decoding import evaluation_view
 
 CLASSES = ("Zebra", "bär", "n01440764")  # in the order of their labels: upper case comes first
 

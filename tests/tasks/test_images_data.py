@@ -15,7 +15,8 @@ from torch import Tensor
 
 from trimtab.errors import DataError
 from trimtab.tasks.data import DATA_SETS, DataFile
-from trimtab.tasks.images import Split, load_images, packed_sets
+from trimtab.tasks.images import Split, load_images
+from trimtab.tasks.images.sets import packed as packed_sets
 
 real = pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
 

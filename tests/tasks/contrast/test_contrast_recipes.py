@@ -12,7 +12,7 @@ from trimtab.models import ViTConfig
 from trimtab.stabilizers import stabilize_
 from trimtab.tasks.contrast import ContrastRecipe
 from trimtab.tasks.contrast.recipes import CONTRAST_RECIPES
-from trimtab.tasks.images.data import load_images
+from trimtab.tasks.images.sets import load_images
 from trimtab.train import Hardware, train
 from trimtab.train.checkpoints import newest_checkpoint
 from trimtab.train.progress import Progress

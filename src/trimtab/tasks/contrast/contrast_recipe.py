@@ -13,7 +13,7 @@ from trimtab.models.vit import ViTConfig
 from trimtab.tasks.contrast.evaluation import evaluator
 from trimtab.tasks.contrast.nt_xent import nt_xent, place
 from trimtab.tasks.contrast.views import view_maker
-from trimtab.tasks.images.data import ImageData, Split, load_images
+from trimtab.tasks.images.sets import ImageData, Split, load_images
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 

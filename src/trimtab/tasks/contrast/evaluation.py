@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trimtab.tasks.contrast.nt_xent import gathered, place
 from trimtab.tasks.contrast.probe import Probe, fit_probe, neighbour_votes
-from trimtab.tasks.images.image_data import ImageData
+from trimtab.tasks.images.sets import ImageData
 
 
 class Known(NamedTuple):

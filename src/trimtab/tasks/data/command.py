@@ -108,9 +108,9 @@ def _check_files(data: DataSet) -> int:
 
 def _check_folder(folder: Path) -> int:
     """Decode every image of a folder and name those that cannot be read; how many these are."""
-    from trimtab.tasks.images.decoding import needs_pillow
-    from trimtab.tasks.images.folder_listing import list_images, shown
-    from trimtab.tasks.images.unreadable_files import decode_all
+    from trimtab.tasks.images.sets.decoding import needs_pillow
+    from trimtab.tasks.images.sets.listing import list_images, shown
+    from trimtab.tasks.images.sets.unreadable import decode_all
 
     needs_pillow("checking images")
     bad = 0

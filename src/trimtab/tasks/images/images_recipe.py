@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trimtab.errors import DataError, RecipeError
 from trimtab.models.vit import ViT, ViTConfig
 from trimtab.tasks.images.augment import Augment, augmentation
-from trimtab.tasks.images.data import ImageData, Split, load_images
+from trimtab.tasks.images.sets import ImageData, Split, load_images
 from trimtab.tasks.images.start import load_start_, refuse_changes_of_start
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import DataError
-from trimtab.tasks.images.image_data import ImageData, Split
+from trimtab.tasks.images.sets.image_data import ImageData, Split
 
 FAKE = "fake-imagenet"
 _CLASSES, _TRAIN, _TEST = 1000, 1_281_167, 50_000

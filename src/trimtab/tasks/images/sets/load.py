@@ -6,10 +6,10 @@ once before training starts; so a damaged copy is an error and never a slightly 
 
 from trimtab.errors import DataError
 from trimtab.tasks.data.folder import IMAGENET, image_folder
-from trimtab.tasks.images.fake_images import FAKE, load_fake
-from trimtab.tasks.images.folder_data import load_folder
-from trimtab.tasks.images.image_data import ImageData, Split
-from trimtab.tasks.images.packed_sets import PACKED, load_packed
+from trimtab.tasks.images.sets.fake import FAKE, load_fake
+from trimtab.tasks.images.sets.folder import load_folder
+from trimtab.tasks.images.sets.image_data import ImageData, Split
+from trimtab.tasks.images.sets.packed import PACKED, load_packed
 from trimtab.words import nearest
 
 __all__ = ["ImageData", "Split", "load_images"]

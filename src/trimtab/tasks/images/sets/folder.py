@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.errors import DataError
 from trimtab.tasks.data.folder import IMAGENET
 from trimtab.tasks.data.prepare import Arrays, prepared
-from trimtab.tasks.images.decoding import (
+from trimtab.tasks.images.sets.decoding import (
     NUM_DRAWS,
     Pixels,
     evaluation_view,
@@ -20,10 +20,10 @@ from trimtab.tasks.images.decoding import (
     threads,
     training_view,
 )
-from trimtab.tasks.images.folder_listing import Listing, list_images, shown
-from trimtab.tasks.images.image_data import ImageData, Split
-from trimtab.tasks.images.packed_sets import moments
-from trimtab.tasks.images.unreadable_files import Unreadable, find_unreadable, refuse, warn_of_skipped
+from trimtab.tasks.images.sets.image_data import ImageData, Split
+from trimtab.tasks.images.sets.listing import Listing, list_images, shown
+from trimtab.tasks.images.sets.packed import moments
+from trimtab.tasks.images.sets.unreadable import Unreadable, find_unreadable, refuse, warn_of_skipped
 
 # of ImageNet's training images, as everyone rounds them
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

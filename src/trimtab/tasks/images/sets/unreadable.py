@@ -14,8 +14,8 @@ import numpy as np
 from trimtab.errors import DataError
 from trimtab.tasks.data.folder import cache_folder
 from trimtab.tasks.data.prepare import Arrays, prepared
-from trimtab.tasks.images.decoding import threads, what_is_wrong
-from trimtab.tasks.images.folder_listing import Listing, shown
+from trimtab.tasks.images.sets.decoding import threads, what_is_wrong
+from trimtab.tasks.images.sets.listing import Listing, shown
 
 _FORMAT = "unreadable 1"  # changes with what is found wrong
 _PATIENCE = 24 * 3600  # seconds; a large folder takes its time, and other processes wait for the first

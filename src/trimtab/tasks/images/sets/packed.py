@@ -17,7 +17,7 @@ from trimtab.errors import DataError
 from trimtab.tasks.data.folder import data_folder, find_file, read_data
 from trimtab.tasks.data.prepare import Arrays, prepared
 from trimtab.tasks.data.table import DATA_SETS
-from trimtab.tasks.images.image_data import ImageData, Split
+from trimtab.tasks.images.sets.image_data import ImageData, Split
 
 _DIGITS_SHA256 = "56691635b5c95f315ed55907c4fe83309809b3b822ee0b8d68e84bba3ffd4ca3"
 _FORMAT = "images 2"  # changes with what is made of the files here
