@@ -26,6 +26,7 @@ held-out accuracies of the probe, from random to trained features, and of the ne
   pre-LN            lr 0.02, share .006  .681 to .719, .565
   sigma, pre-LN     lr 0.02, share .002  .681 to .761, .638 (gamma from sigma(W))
   sigma             lr 0.02, share .002  .600 to .695, .519
+  sigma             lr 0.02, share .002  .612 to .666, .503 (gamma from sigma(W))
   sigma             lr 0.02, share .006  .612 to .455, .352 (gamma from sigma(W))
 
 Random features are worth something, too, those of a pre-LN encoder most. So a run counts as trained if its probe lies
