@@ -1,5 +1,6 @@
 """sigma, init-scale, spectral-norm and weight-norm: what their options do to the weights in use."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -176,6 +177,19 @@ def test_weight_norm_of_gpt2_goes_together_with_others(other: str) -> None:
     stabilize_(alone.model, other)
     stabilize_(both.model, f"weight-norm+{other}")
     torch.testing.assert_close(both.logits(both.model), alone.logits(alone.model))
+
+
+def test_folding_a_copy_leaves_the_weight_normed_model_alone() -> None:
+    """torch gives a parametrized module a class of its own, and deepcopy shares it."""
+    example = small("vit")
+    stabilize_(example.model, "weight-norm")
+    before = example.logits(example.model)
+    folded = copy.deepcopy(example.model)
+    fold_(folded)
+    torch.testing.assert_close(example.logits(example.model), before, rtol=0, atol=0)
+    torch.testing.assert_close(example.logits(folded), before)
+    assert folded.get_submodule("head").weight.requires_grad
+    fold_(example.model)
 
 
 def test_weight_norm_checks_first() -> None:

@@ -65,6 +65,9 @@ class WeightNorm(Stabilizer):
             if not bool(torch.isfinite(getattr(module, weight)).all()):
                 raise ConversionError(f"{name}.{weight} is not finite: fold a checkpoint from before the run diverged")
         for _, module, weight in found:
+            # deepcopy shares the class that torch made for this module, and folding takes the weight's property off it
+            cls = type(module)
+            module.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
             parametrize.remove_parametrizations(module, weight, leave_parametrized=True)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from trimtab.tasks.contrast.evaluation import evaluator
 from trimtab.tasks.contrast.nt_xent import nt_xent, place
 from trimtab.tasks.contrast.views import view_maker
 from trimtab.tasks.images.sets import ImageData, Split, load_images
+from trimtab.tasks.images.sets.image_data import fixed_order
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 
@@ -100,8 +100,7 @@ class ContrastRecipe(Recipe):
             raise RecipeError(
                 f"validation must leave some of the {data.train.size:,} training images, got {self.validation:,}"
             )
-        # RandomState's stream is frozen for good; the images held out are those of an `ImagesRecipe`
-        order = torch.from_numpy(np.random.RandomState(0).permutation(data.train.size))
+        order = fixed_order(data.train.size)  # the images held out are those of an `ImagesRecipe`
         held_out, rest = order[: self.validation], order[self.validation :].sort().values
         bank = order[self.validation : self.validation + known]
         everything = torch.arange(data.test.size)

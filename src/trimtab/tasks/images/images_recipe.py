@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from trimtab.errors import DataError, RecipeError
 from trimtab.models.vit import ViT, ViTConfig
 from trimtab.tasks.images.augment import Augment, augmentation
 from trimtab.tasks.images.sets import ImageData, Split, load_images
+from trimtab.tasks.images.sets.image_data import fixed_order
 from trimtab.tasks.images.start import load_start_, refuse_changes_of_start
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
@@ -132,8 +132,7 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def _parted(size: int, validation: int) -> tuple[Tensor, Tensor]:
     """The indices of the training images, and of those held out, each in their order."""
-    # RandomState's stream is frozen for good, so the choice is the same with every version of NumPy
-    order = torch.from_numpy(np.random.RandomState(0).permutation(size))
+    order = fixed_order(size)
     return order[validation:].sort().values, order[:validation].sort().values
 
 
