@@ -232,7 +232,11 @@ def picture(table: Mapping[str, dict[str, Any]], title: str, path: Path) -> None
     axes.axvline(0, color="#999999", linewidth=1)
     axes.axvline(-0.5, color="#c0392b", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(others)), list(reversed(others)))
-    axes.set_xscale("symlog", linthresh=2)
+    axes.set_xscale("symlog", linthresh=2)  # an arm that fails lies far out
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5) if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("points of test accuracy over the tuned baseline, paired by seed (dashed: −0.5)")
     axes.set_title(title, loc="left", fontsize=10)
     for side in ("top", "right", "left"):

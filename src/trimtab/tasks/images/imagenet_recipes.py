@@ -26,8 +26,8 @@ _SIZES: dict[str, Size] = {"ti16": "Ti", "s16": "S", "b16": "B", "l16": "L", "h1
 _AUGMENT = Augment(rand_augment=(2, 27), erasing=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 _WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "deit": ({**DEIT, "lr": 5e-4 * _BATCH / 512, "warmup_steps": 5 * _EPOCH}, "pre-LN, AdamW, warmup, decay (DeiT)"),
-    "sigma": ({**SIGMA, "lr": 0.1}, "sigma-Reparam, LARS, no LayerNorm, warmup, decay"),
-    "sigma-preln": ({**SIGMA_PRELN, "lr": 0.1}, "sigma-Reparam with pre-LN, LARS, no warmup, decay"),
+    "sigma": (SIGMA, "sigma-Reparam, LARS, no LayerNorm, warmup, decay"),
+    "sigma-preln": (SIGMA_PRELN, "sigma-Reparam with pre-LN, LARS, no warmup, decay"),
 }
 
 
