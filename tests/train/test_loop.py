@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trimtab.errors import DataError, RecipeError, RunFolderError
 from trimtab.models import ViTConfig
 from trimtab.stabilizers import stabilize_
-from trimtab.tasks.images import ImagesRecipe, vit_digits
+from trimtab.tasks.images import ImagesRecipe, load_images, vit_digits
 from trimtab.tasks.task import Task
 from trimtab.train import Hardware, Progress, Result, read_result, train
 from trimtab.train.checkpoints import load_weights, newest_checkpoint
@@ -83,7 +83,7 @@ def test_the_checkpoint_at_the_end_is_the_model_that_the_result_tells_of(tmp_pat
     assert load_weights(newest, task.model) == 5
     images, labels = task.evaluation.batch(torch.arange(task.evaluation.size), torch.Generator())
     with torch.no_grad():
-        logits = task.model.eval()(images)
+        logits = task.model.eval()(load_images(TINY.data).standardize(images))
     assert result.metrics["accuracy"] == (logits.argmax(dim=-1) == labels).double().mean().item()
     # the means of float32 losses, over batches of other sizes
     assert result.metrics["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)

@@ -1,6 +1,7 @@
 """A recipe from the words of a command: its name, then its fields and the command's own options."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -59,6 +60,17 @@ def recipe_list() -> str:
     lines["file.py:NAME"] = "your own: a function that returns a Recipe, or a subclass."
     width = max(map(len, lines)) + 2
     return "\n".join(["recipes:", *(f"  {name:<{width}}{line}" for name, line in lines.items())])
+
+
+def recipe_names() -> str:
+    """The names alone, in lines of at most 80 characters."""
+    return "recipes, of which `trimtab recipes` tells more:\n" + wrapped([*RECIPES, "yours: file.py:NAME"])
+
+
+def wrapped(names: Iterable[str]) -> str:
+    """Names in lines of at most 80 characters, indented."""
+    text = ", ".join(names)
+    return textwrap.fill(text, 80, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  ")
 
 
 def short_name(name: str) -> str:

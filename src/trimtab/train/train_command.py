@@ -19,7 +19,7 @@ from trimtab.train.checkpoints.files import CHECKPOINTS, in_order, step_of
 from trimtab.train.hardware import Hardware, Strategy
 from trimtab.train.loop import train
 from trimtab.train.progress import RESULT, Result
-from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
+from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, recipe_names, short_name
 from trimtab.train.screen import RunScreen, console, figures
 from trimtab.words import nearest
 
@@ -69,7 +69,7 @@ def train_command(words: Sequence[str]) -> int:
         TrimtabError: the recipe, a field, the data or the folder are not right.
     """
     if not words or words[0] in ("-h", "--help"):
-        print(_USAGE.format(recipes=recipe_list()))
+        print(_USAGE.format(recipes=recipe_names()))
         return 0
     first, *rest = words
     again = ["trimtab", "train", *words]

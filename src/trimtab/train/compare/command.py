@@ -1,7 +1,6 @@
 """`trimtab compare`."""
 
 import shlex
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from trimtab.train.compare.running import compare, finished
 from trimtab.train.compare.screen import GridScreen
 from trimtab.train.compare.workers import cores, visible_gpus
 from trimtab.train.hardware import Hardware
-from trimtab.train.recipe_words import about, recipe_and_options, recipe_list, short_name
+from trimtab.train.recipe_words import about, recipe_and_options, recipe_names, short_name, wrapped
 from trimtab.train.screen import console
 
 _USAGE = """usage: trimtab compare NAME --stabilizers LIST --lrs LIST [--seeds N] ...
@@ -78,10 +77,7 @@ def compare_command(words: Sequence[str]) -> int:
         TrimtabError: the recipe, a field, the grid or the folder is not right; nothing has been trained then.
     """
     if not words or words[0] in ("-h", "--help"):
-        names = textwrap.fill(
-            ", ".join(sorted(STABILIZERS)), 80, break_on_hyphens=False, initial_indent="  ", subsequent_indent="  "
-        )
-        print(_USAGE.format(recipes=recipe_list(), stabilizers=names))
+        print(_USAGE.format(recipes=recipe_names(), stabilizers=wrapped(sorted(STABILIZERS))))
         return 0
     name, *rest = words
     if name.startswith("-"):
