@@ -1,6 +1,7 @@
 """`trimtab train` and `trimtab recipes`, as a person sees them; here a stand-in trains in the place of the engine."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def earlier_run(folder: Path, **changes: Any) -> Path:
     return folder / "run.json"
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--help"], ["train"], ["train", "--help"]])
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--help"]])
 def test_the_recipes_are_listed_with_one_line_each(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -82,6 +83,14 @@ def test_the_recipes_are_listed_with_one_line_each(words: list[str], capsys: pyt
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert len(line.split()) > 5
     assert any("file.py:NAME" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--help"], ["compare"]])
+def test_the_usage_names_every_recipe(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert set(RECIPES) | {"file.py:NAME"} <= set(re.split(r"[,\s]+", out))
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_a_recipes_fields_are_overridden_by_name(engine: Engine) -> None:
