@@ -24,7 +24,7 @@ from trimtab.train.screen import RunScreen, console, figures
 from trimtab.words import nearest
 
 _USAGE = """usage: trimtab train NAME [--FIELD VALUE ...] [--folder FOLDER]
-       trimtab train --from FOLDER/run.json [--FIELD VALUE ...] [--folder FOLDER]
+       trimtab train --from RUN/run.json [--FIELD VALUE ...] [--folder FOLDER]
 
 Train one recipe, watched. The same command again goes on where it was stopped,
 bit for bit; --from repeats an earlier run in a new folder.
