@@ -8,8 +8,8 @@ LayerNorm (Zhai et al., arXiv 2303.06296). The numbers are our own, for sizes th
 from collections.abc import Callable
 from dataclasses import replace
 
-from trimtab.models.vit import ViTConfig
 from trimtab.tasks.contrast.contrast_recipe import ContrastRecipe
+from trimtab.tasks.images.recipes import vit_fashion
 
 SIGMA = "sigma:gamma_init=one"
 # LARS moves each weight by a share of its size, and with gamma = 1 no output depends on that size. So, unlike under
@@ -23,17 +23,7 @@ def simclr_fashion() -> ContrastRecipe:
     """
     return ContrastRecipe(
         data="fashion-mnist",
-        model=ViTConfig(
-            image_size=28,
-            patch_size=7,
-            in_channels=1,
-            num_classes=0,
-            dim=64,
-            depth=4,
-            num_heads=4,
-            init="xavier",
-            position_std=0.5,
-        ),
+        model=replace(vit_fashion().model, num_classes=0),
         optimizer="lars",
         lr=0.02,
         trust_coefficient=0.1,

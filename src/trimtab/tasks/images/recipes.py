@@ -51,7 +51,7 @@ SIGMA_PRELN: dict[str, Any] = {
     "schedule": "cosine",
 }
 SIGMA: dict[str, Any] = {**SIGMA_PRELN, "stabilizer": "sigma:gamma_init=one:remove_norms=true"}
-# four blocks bear gammas that start at sigma(W), and are then better by some tenths of a point
+# four blocks bear gammas that start at sigma(W), which is how benchmarks/images.py tunes and tests it
 _SHALLOW = {**SIGMA, "stabilizer": "sigma:remove_norms=true"}
 
 
