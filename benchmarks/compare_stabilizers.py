@@ -21,14 +21,13 @@ them (0 to 1). Writes results/compare_<task>.json with every run and the measure
 picture.
 """
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import grids
 import measure
 
 from trimtab.report.compare_page import ComparePage, write_compare_page
@@ -36,11 +35,10 @@ from trimtab.report.export import write_png
 from trimtab.report.runlog import read_run
 from trimtab.tasks.images import vit_digits, vit_fashion
 from trimtab.tasks.recipe import Recipe
-from trimtab.train.compare import Failure, compare
+from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.folder import ERROR
 from trimtab.train.hardware import Hardware
-from trimtab.train.progress import Progress, Result
 
 LRS = {"digits": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "fashion": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 STEPS = {"digits": 200, "fashion": 500}
@@ -77,37 +75,21 @@ def arms(task: str, quick: bool) -> dict[str, Recipe]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = grids.options(__doc__)
     parser.add_argument("task", choices=list(ARMS))
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/compare_<task> by default")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
-    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    name = f"compare_{arguments.task}{'_quick' * arguments.quick}"
-    folder = arguments.folder or Path("runs") / name
+    name, folder = grids.place(f"compare_{arguments.task}", arguments)
     chosen = arms(arguments.task, arguments.quick)
     lrs = LRS[arguments.task][3:4] if arguments.quick else LRS[arguments.task]
     seeds = range(1 if arguments.quick else arguments.seeds)
-    total = len(chosen) * len(lrs) * len(seeds)
-    ended: set[str] = set()
-
-    def tell(run: str, news: Progress | Result | Failure) -> None:
-        if isinstance(news, Progress):
-            return
-        ended.add(run)
-        how = f"failed: {news.error}" if isinstance(news, Failure) else f"{news.status} {news.metrics}"
-        print(f"{len(ended):4}/{total} {run}: {how}", flush=True)
-
-    hardware = Hardware(accelerator="cpu")
     places = compare(
         chosen,
         lrs,
         seeds,
         folder,
         jobs=arguments.jobs,
-        on_news=tell,
-        hardware=hardware,
+        on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
+        hardware=Hardware(accelerator="cpu"),
         facts={"recipe_name": f"vit-{arguments.task}"},
     )
     runs = {place.name: row(place) for place in places}

@@ -36,13 +36,13 @@ Prints for each arm the share of runs that trained, and test accuracies at its b
 (lowest-highest) of the seeds. Writes results/contrast.json with every run, and a picture.
 """
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grids
 import matplotlib
 
 matplotlib.use("Agg")
@@ -52,10 +52,9 @@ import measure
 from trimtab.report.runlog import read_run
 from trimtab.tasks.contrast import ContrastRecipe
 from trimtab.tasks.contrast.recipes import SIGMA, simclr_fashion
-from trimtab.train.compare import Failure, compare
+from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.hardware import Hardware
-from trimtab.train.progress import Progress, Result
 
 LRS = (0.005, 0.02, 0.06, 0.2, 0.6)
 
@@ -86,31 +85,17 @@ def arms(quick: bool) -> dict[str, ContrastRecipe]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/contrast by default")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    name = "contrast_quick" if arguments.quick else "contrast"
+    arguments = grids.options(__doc__, seeds=3).parse_args()
+    name, folder = grids.place("contrast", arguments)
     chosen, lrs = arms(arguments.quick), LRS[1:2] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
-    total, ended = len(chosen) * len(lrs) * len(seeds), set[str]()
-
-    def tell(run: str, news: Progress | Result | Failure) -> None:
-        if isinstance(news, Progress):
-            return
-        ended.add(run)
-        how = f"failed: {news.error}" if isinstance(news, Failure) else f"{news.status} {news.metrics}"
-        print(f"{len(ended):4}/{total} {run}: {how}", flush=True)
-
     places = compare(
         chosen,
         lrs,
         seeds,
-        arguments.folder or Path("runs") / name,
+        folder,
         jobs=arguments.jobs,
-        on_news=tell,
+        on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
         hardware=Hardware(accelerator="cpu"),
         facts={"recipe_name": "simclr-fashion"},
     )

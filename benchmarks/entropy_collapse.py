@@ -20,7 +20,6 @@ of the run on; and once for 100 steps only.
 Writes results/entropy_collapse.json, entropy_collapse.png and entropy_collapse_heat.png.
 """
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import entropy_pictures
+import grids
 import measure
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,8 @@ from torch import Tensor, nn
 from trimtab.report.summary import RunSummary, read_summary
 from trimtab.tasks.images import ImagesRecipe, vit_digits, vit_fashion
 from trimtab.tasks.task import Task
-from trimtab.train.compare import Failure, compare
+from trimtab.train.compare import compare
 from trimtab.train.hardware import Hardware
-from trimtab.train.progress import Progress, Result
 
 BASELINE, SIGMA = "pre-LN", "sigma-Reparam"
 ARMS = {
@@ -96,14 +95,8 @@ def plain(quick: bool) -> Heated:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/entropy_collapse by default")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    name = "entropy_collapse_quick" if arguments.quick else "entropy_collapse"
-    folder = arguments.folder or Path("runs") / name
+    arguments = grids.options(__doc__).parse_args()
+    name, folder = grids.place("entropy_collapse", arguments)
     lrs = (1e-3, 8e-3, 6.4e-2) if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
     recipe = plain(arguments.quick)
@@ -145,14 +138,7 @@ def trained(
     arms: Mapping[str, Heated], lrs: Sequence[float], seeds: Sequence[int], folder: Path, jobs: int | None
 ) -> list[RunSummary]:
     """Train what is not trained yet, and read the runs."""
-    total, ended = len(arms) * len(lrs) * len(seeds), set[str]()
-
-    def tell(run: str, news: Progress | Result | Failure) -> None:
-        if not isinstance(news, Progress):
-            ended.add(run)
-            how = f"failed: {news.error}" if isinstance(news, Failure) else f"{news.status} {news.metrics}"
-            print(f"{len(ended):4}/{total} {folder.name} {run}: {how}", flush=True)
-
+    tell = grids.teller(len(arms) * len(lrs) * len(seeds), folder.name)
     places = compare(arms, lrs, seeds, folder, jobs=jobs, on_news=tell, hardware=Hardware(accelerator="cpu"))
     return [read_summary(place.folder) for place in places]
 

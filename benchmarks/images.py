@@ -26,13 +26,13 @@ Prints test accuracies and each arm's difference from the baseline, paired by se
 t. Writes results/images_<data>.json with every run, and a picture.
 """
 
-import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grids
 import matplotlib
 
 matplotlib.use("Agg")
@@ -42,11 +42,9 @@ import measure
 from trimtab.models.vit import ViTConfig
 from trimtab.report.runlog import read_run
 from trimtab.tasks.images import ImagesRecipe
-from trimtab.train.compare import Failure
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.compare.running import finished, run_places
 from trimtab.train.hardware import Hardware
-from trimtab.train.progress import Progress, Result
 
 Setting = Mapping[str, Any]
 TUNING_SEED = 0
@@ -144,16 +142,7 @@ def tuned(folder: Path, arms: Sequence[str], shared: ImagesRecipe, quick: bool, 
 
 
 def run(places: Sequence[RunPlace], jobs: int | None) -> None:
-    ended = 0
-
-    def tell(name: str, news: Progress | Result | Failure) -> None:
-        nonlocal ended
-        if not isinstance(news, Progress):
-            ended += 1
-            how = f"failed: {news.error}" if isinstance(news, Failure) else f"{news.status} {news.metrics} {news.test}"
-            print(f"{ended:4}/{len(places)} {name}: {how}", flush=True)
-
-    run_places(places, jobs=jobs, on_news=tell, hardware=Hardware())
+    run_places(places, jobs=jobs, on_news=grids.teller(len(places)), hardware=Hardware())
 
 
 def row(place: RunPlace, stage: str) -> dict[str, Any]:
@@ -246,17 +235,12 @@ def picture(table: Mapping[str, dict[str, Any]], title: str, path: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = grids.options(__doc__)
     parser.add_argument("data", choices=["fashion", "cifar10"])
     parser.add_argument("--arms", help="with the baseline: names joined by commas; all by default")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/images_<data> by default")
-    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores or GPUs by default")
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    name = f"images_{arguments.data}{'_large' * arguments.large}{'_quick' * arguments.quick}"
-    folder = arguments.folder or Path("runs") / name
+    name, folder = grids.place(f"images_{arguments.data}{'_large' * arguments.large}", arguments)
     wanted = arguments.arms.split(",") if arguments.arms else list(ARMS)
     if unknown := sorted(set(wanted) - set(ARMS)):
         parser.error(f"unknown arm {unknown[0]}; there are: {', '.join(ARMS)}")

@@ -19,13 +19,13 @@ costs nothing, is held against both beside it.
 Writes results/sharpness_entropy.json and .png.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import grids
 import measure
 import numpy as np
 import sharpness_pictures
@@ -37,9 +37,8 @@ from torch.optim import Optimizer
 from trimtab.report.runlog import Floats, number, read_run
 from trimtab.tasks.images import ImagesRecipe, vit_digits, vit_fashion
 from trimtab.tasks.task import Batch, Task
-from trimtab.train.compare import Failure, compare
+from trimtab.train.compare import compare
 from trimtab.train.hardware import Hardware
-from trimtab.train.progress import Progress, Result
 from trimtab.watch.signals.sharpness import sharpness
 
 ARMS = {
@@ -103,14 +102,8 @@ def recipes(quick: bool) -> dict[str, Sharp]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/sharpness_entropy by default")
-    parser.add_argument("--seeds", type=int, help="5 for the digits and 2 for Fashion-MNIST by default")
-    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    name = "sharpness_entropy_quick" if arguments.quick else "sharpness_entropy"
-    folder = arguments.folder or Path("runs") / name
+    arguments = grids.options(__doc__, seeds=None).parse_args()
+    name, folder = grids.place("sharpness_entropy", arguments)
     results: dict[str, Any] = {"arms": ARMS}
     all_runs: dict[str, list[Traced]] = {}
     for data, recipe in recipes(arguments.quick).items():
@@ -151,14 +144,7 @@ class Traced:
 
 def trained(recipe: Sharp, lrs: Sequence[float], seeds: Sequence[int], folder: Path, jobs: int | None) -> list[Traced]:
     """Train what is not trained yet, and read the runs; those that diverged before the first measurement are left."""
-    total, ended = len(ARMS) * len(lrs) * len(seeds), set[str]()
-
-    def tell(run: str, news: Progress | Result | Failure) -> None:
-        if not isinstance(news, Progress):
-            ended.add(run)
-            how = f"failed: {news.error}" if isinstance(news, Failure) else f"{news.status} {news.metrics}"
-            print(f"{len(ended):4}/{total} {folder.name} {run}: {how}", flush=True)
-
+    tell = grids.teller(len(ARMS) * len(lrs) * len(seeds), folder.name)
     arms = {arm: replace(recipe, stabilizer=stabilizer) for arm, stabilizer in ARMS.items()}
     places = compare(arms, lrs, seeds, folder, jobs=jobs, on_news=tell, hardware=Hardware(accelerator="cpu"))
     runs = []

@@ -21,12 +21,12 @@ Slopes are those of log norm against log width, geometric mean of the six matric
 Writes results/update_norms.json and .png.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grids
 import measure
 import numpy as np
 import torch
@@ -92,15 +92,10 @@ def adam_update_norm_bound(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of the runs; runs/update_norms by default")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = grids.options(__doc__, seeds=3)
     parser.add_argument("--widest", type=int, default=2048)
-    parser.add_argument("--jobs", type=int, help="runs at a time; the number of cores by default")
-    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    name = "update_norms_quick" if arguments.quick else "update_norms"
-    folder = arguments.folder or Path("runs") / name
+    name, folder = grids.place("update_norms", arguments)
     widths = [width for width in WIDTHS if width <= (128 if arguments.quick else arguments.widest)]
     seeds = range(2 if arguments.quick else arguments.seeds)
     count = 4 if arguments.quick else 64
