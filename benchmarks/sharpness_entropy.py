@@ -65,7 +65,7 @@ class Sharp(ImagesRecipe):
         task = super().task()
         order = torch.randperm(task.train.size, generator=torch.Generator().manual_seed(0))
         batch = task.train.batch(order[: self.sharpness_batch], torch.Generator().manual_seed(0))
-        return replace(task, summarize=lambda means: task.summarize(means) | eigenvalues(task, batch))
+        return replace(task, summarize=lambda *means: task.summarize(*means) | eigenvalues(task, batch))
 
     def optimizers(self, model: nn.Module) -> list[Optimizer]:
         found = super().optimizers(model)

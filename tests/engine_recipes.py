@@ -109,3 +109,39 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences(Recipe):
+    """Numbers in a row, 1 to 9 of them; the next one of each is told by a linear layer, and its loss is per token."""
+
+    steps: int = 5
+    batch_tokens: int | None = 90
+    optimizer: Any = "sgd"
+    lr: float = 0.1
+    watch: bool = False
+    watch_every: int = 5
+    eval_every: int = 5
+
+    def task(self) -> Task:
+        lengths = torch.randint(1, 10, (61, 1), generator=torch.Generator().manual_seed(1))
+        values = torch.randn(61, 9, generator=torch.Generator().manual_seed(2))
+
+        def batch(indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            longest = int(lengths[indices].max())
+            return values[indices, :longest], torch.arange(longest) < lengths[indices]
+
+        def errors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            rows, known = batch
+            told = model(rows.unsqueeze(-1)).squeeze(-1)
+            return (told - 2 * rows).square() * known
+
+        def score(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+            return {"errors": errors(model, batch).sum(1), "tokens": batch[1].sum(1).float()}
+
+        held = Examples(61, batch, lengths)
+        return Task(
+            nn.Linear(1, 1), held, lambda model, batch: errors(model, batch).sum() / batch[1].sum(), held, held, score,
+            summarize=lambda means, size: {"eval_loss": means["errors"] / means["tokens"]},
+            weight=lambda batch: batch[1].sum(), files={"lengths.txt": str(lengths.flatten().tolist())},
+        )  # fmt: skip

@@ -87,7 +87,7 @@ def check(rank: int, folder: str) -> None:
         model, ones, lambda model, batch: batch.sum(), ones, None, lambda model, x: {"eval_loss": model(x)[:, 0]}
     )
     with launched(hardware, "32") as fabric:
-        measured = evaluate(fabric, model, task, ones, 2, 0)
+        measured = evaluate(fabric, model, task, ones, RECIPE)
     assert measured == {"eval_loss": pytest.approx(1.0, rel=1e-4)}  # BatchNorm's own 1e-5 below the root
 
 

@@ -23,7 +23,7 @@ def task(score: Callable[[nn.Module, Tensor], dict[str, Tensor]], **options: obj
 def measured(found: Task, batch_size: int = 3) -> dict[str, float]:
     assert found.evaluation is not None
     with launched(Hardware(accelerator="cpu"), "32") as fabric:
-        return evaluate(fabric, found.model, found, found.evaluation, batch_size, 0)
+        return evaluate(fabric, found.model, found, found.evaluation, Small(batch_size=batch_size))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
@@ -76,14 +76,14 @@ def test_what_is_not_finite_shows(bad: float) -> None:
 def test_a_summary_makes_metrics_of_the_means() -> None:
     found = task(
         lambda model, batch: {"words": torch.ones(len(batch)), "errors": (batch > 4).float()},
-        summarize=lambda means: {"rate": means["errors"] / means["words"]},
+        summarize=lambda means, size: {"rate": means["errors"] / means["words"], "size": size},
         metric="rate",
     )
-    assert measured(found) == {"rate": pytest.approx(4 / 7)}
+    assert measured(found) == {"rate": pytest.approx(4 / 7), "size": 7}
 
 
 def test_wrong_scores_are_refused_with_what_to_do() -> None:
-    with pytest.raises(RecipeError, match=r"shape \(3,\); 'eval_loss' is \(\): take no mean over the batch"):
+    with pytest.raises(RecipeError, match=r"shape \(7,\); 'eval_loss' is \(\): take no mean over the batch"):
         measured(task(lambda model, batch: {"eval_loss": batch.mean()}))
     with pytest.raises(RecipeError, match=r"'eval_loss' is float"):
         measured(task(lambda model, batch: {"eval_loss": 1.0}))
@@ -95,11 +95,36 @@ def test_wrong_scores_are_refused_with_what_to_do() -> None:
 
 @pytest.mark.parametrize(("size", "processes"), [(7, 1), (7, 2), (7, 3), (2, 3), (1, 4), (12, 3)])
 def test_processes_share_the_examples_and_make_equally_many_forwards(size: int, processes: int) -> None:
-    shares = [list(_shares(size, 2, rank, processes)) for rank in range(processes)]
+    examples, recipe = Examples(size, lambda indices, generator: indices), Small(batch_size=processes)
+    shares = [list(_shares(examples, recipe, rank, processes)) for rank in range(processes)]
     assert len({tuple(len(indices) for indices, _ in share) for share in shares}) == 1
     counted = [i for share in shares for indices, valid in share for i in indices[:valid].tolist()]
     assert counted == list(range(size))
     assert max(int(indices.max()) for share in shares for indices, _ in share) < size
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("batch_tokens", [1, 8, 40])
+def test_examples_of_similar_length_are_measured_together(processes: int, batch_tokens: int) -> None:
+    lengths = torch.tensor([[9, 1], [2, 2], [5, 5], [1, 1], [2, 1], [7, 3], [1, 2]])
+    examples = Examples(7, lambda indices, generator: indices, lengths)
+    recipe = Small(batch_tokens=batch_tokens)
+    shares = [list(_shares(examples, recipe, rank, processes)) for rank in range(processes)]
+    assert len({tuple(len(indices) for indices, _ in share) for share in shares}) == 1
+    counted = [i for share in shares for indices, valid in share for i in indices[:valid].tolist()]
+    assert sorted(counted) == list(range(7))
+    for batches in zip(*shares, strict=True):
+        together = torch.cat([indices for indices, _ in batches])
+        tokens = len(together) * int(lengths[together].amax(dim=0).sum())
+        assert tokens <= 4 * batch_tokens or len(together) == processes
+
+
+def test_test_examples_may_have_a_score_of_their_own() -> None:
+    found = task(lambda model, batch: {"eval_loss": batch}, test_score=lambda model, batch: {"eval_loss": 0 * batch})
+    found = replace(found, test=Examples(7, lambda indices, generator: VALUES[indices]))
+    with launched(Hardware(accelerator="cpu"), "32") as fabric:
+        means = [evaluate(fabric, found.model, found, each, Small()) for each in (found.evaluation, found.test)]
+    assert means == [{"eval_loss": 25 / 7}, {"eval_loss": 0.0}]
 
 
 def test_small_is_measured_on_its_own_batches() -> None:

@@ -36,9 +36,9 @@ def fold_(model: ModelT) -> ModelT:
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     known = applied_within(model)
     others = [cls() for name, cls in STABILIZERS.items() if has_defaults(cls) and name not in {k.name for k in known}]
-    folding = sorted((each for each in (*known, *others) if _folds(each)), key=place_of)
+    folding = sorted((each for each in (*known, *others) if folds(each)), key=place_of)
     before = _structure(model)
-    with undone_on_error(model, values=sum(_folds(each) for each in known) > 1):
+    with undone_on_error(model, values=sum(folds(each) for each in known) > 1):
         for each in folding:
             each.fold_(model)
     if _structure(model) == before and not any(each in known for each in folding):
@@ -52,7 +52,8 @@ def fold_(model: ModelT) -> ModelT:
     return model
 
 
-def _folds(stabilizer: Stabilizer) -> bool:
+def folds(stabilizer: Stabilizer) -> bool:
+    """Say whether any of what a stabilizer does can be folded."""
     return type(stabilizer).fold_ is not Stabilizer.fold_
 
 

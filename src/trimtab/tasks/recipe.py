@@ -13,7 +13,7 @@ from trimtab.tasks.task import Task
 from trimtab.tasks.typed import typed
 
 Optimizer = Literal["adamw", "adam", "sgd", "lars", "muon"]
-Schedule = Literal["constant", "cosine", "step"]
+Schedule = Literal["constant", "cosine", "step", "inverse_sqrt"]
 Precision = Literal["32", "bf16", "fp16"]
 
 
@@ -31,8 +31,9 @@ class Recipe:
         momentum: of SGD and LARS.
         trust_coefficient: of LARS: without momentum a step moves a weight by `lr` times this share of its norm.
         weight_decay: the optimiser's weight decay; biases, norms, gammas and scales of branches do not decay.
-        schedule: "constant"; "cosine", down to zero at the last step; or "step", times `step_factor` every
-            `step_every` steps; all of them after the warmup.
+        schedule: "constant"; "cosine", down to zero at the last step; "step", times `step_factor` every `step_every`
+            steps; or "inverse_sqrt", by one over the square root of the step (Vaswani et al., arXiv 1706.03762); all of
+            them after the warmup.
         step_every: of the step schedule.
         step_factor: of the step schedule.
         warmup_steps: steps over which the learning rate rises linearly from zero.
@@ -40,6 +41,8 @@ class Recipe:
         steps: optimiser steps.
         seconds: training ends after so many seconds, and the schedule runs over them; None for no such limit.
         batch_size: examples in a step, of all processes and micro-batches together.
+        batch_tokens: for examples of different lengths: largest number of tokens in a step, padding included, in place
+            of `batch_size`; examples of similar length come together. None has `batch_size` examples in a step.
         accumulate: micro-batches in a step.
         precision: "32", or mixed precision with "bf16" or "fp16" (with loss scaling).
         ema: decay of an exponential moving average of the weights, which is what is evaluated; None for none.
@@ -72,6 +75,7 @@ class Recipe:
     steps: int = 200
     seconds: float | None = None
     batch_size: int = 64
+    batch_tokens: int | None = None
     accumulate: int = 1
     precision: Precision = "32"
     ema: float | None = None
@@ -113,7 +117,7 @@ class Recipe:
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         positive = ("steps", "step_every", "batch_size", "accumulate", "watch_every", "eval_every", "checkpoint_every")
-        for name in (*positive, "keep", "patience"):
+        for name in (*positive, "keep", "patience", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")

@@ -37,16 +37,20 @@ class Average:
         """Give the model the average for weights, and afterwards its own again; its buffers come back too."""
         buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
         own = {name: local(p.detach()).clone() for name, p in self._parameters.items()}
-        self._put(self._shadow)
+        self.put_(model)
         try:
-            if any(isinstance(module, Reparametrized) for module in model.modules()):
-                refresh_(model)  # the singular vectors of the averaged weights are others
             yield
         finally:
             self._put(own)
             with torch.no_grad():
                 for buffer, kept in buffers:
                     buffer.copy_(kept)
+
+    def put_(self, model: nn.Module) -> None:
+        """Give the model the average for weights, for good."""
+        self._put(self._shadow)
+        if any(isinstance(module, Reparametrized) for module in model.modules()):
+            refresh_(model)  # the singular vectors of the averaged weights are others
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Measure a model on examples: each of them once, whatever the number of processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
 from trimtab.reparam.carried import is_sharded
+from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Batch, Examples, Task
+from trimtab.train.buckets import by_length, cut
 from trimtab.train.hardware import reshard_
 from trimtab.train.order import derived_seed
 from trimtab.train.randomness import kept
@@ -21,9 +23,7 @@ _OF_THE_LOG = {"step", "loss", "lr", "alarms", "time"}
 
 
 @torch.no_grad()
-def evaluate(
-    fabric: "Fabric", model: nn.Module, task: Task, examples: Examples, batch_size: int, seed: int
-) -> dict[str, float]:
+def evaluate(fabric: "Fabric", model: nn.Module, task: Task, examples: Examples, recipe: Recipe) -> dict[str, float]:
     """The metrics of a model in eval mode; training goes on afterwards as if nothing had been measured.
 
     The scores are summed in float64, so that a mean over a million examples is one, and what is not finite in them
@@ -33,9 +33,9 @@ def evaluate(
         fabric: the processes, which share the examples; all of them must call.
         model: as `Task.score` is to call it.
         task: its score, what it prepares for that, and its summary.
-        examples: what to measure on.
-        batch_size: examples in a forward of one process.
-        seed: of the generator that batches are made with.
+        examples: what to measure on; the test examples by their own score, if the task has one.
+        recipe: its batch size or tokens, of which a forward without gradients takes four times what training does; and
+            its seed, of the generator that batches are made with.
 
     Returns:
         The metrics by name, the same in all processes.
@@ -44,6 +44,9 @@ def evaluate(
         RecipeError: the task's score returns something else than one number for each example, or its summary has no
             metric of the name that decides, or one of a name that a line of the log has.
     """
+    score = (task.test_score if examples is task.test else None) or task.score
+    if score is None:
+        raise RecipeError("a task needs a score to be measured")
     totals: dict[str, Tensor] = {}
     _share_buffers(model, fabric.world_size)
     with kept(fabric.device), _eval_mode(model):
@@ -51,18 +54,19 @@ def evaluate(
         if task.prepare is not None:
             with fabric.autocast():
                 prepared = (task.prepare(model),)
-        generator = torch.Generator().manual_seed(derived_seed("evaluation", seed, fabric.global_rank))
-        for indices, valid in _shares(examples.size, batch_size, fabric.global_rank, fabric.world_size):
+        generator = torch.Generator().manual_seed(derived_seed("evaluation", recipe.seed, fabric.global_rank))
+        for indices, valid in _shares(examples, recipe, fabric.global_rank, fabric.world_size):
             batch = fabric.to_device(examples.batch(indices, generator))
             with fabric.autocast():
-                scores = _scores(task, model, batch, prepared, len(indices))
+                scores = _scores(score, model, batch, prepared, len(indices))
             for name, values in scores.items():
                 totals[name] = totals.get(name, 0) + _wide(values[:valid]).sum()
     reshard_(model)
     sums = torch.stack(list(totals.values()))
     if fabric.world_size > 1:
         torch.distributed.all_reduce(sums)
-    metrics = task.summarize(dict(zip(totals, (sums / examples.size).tolist(), strict=True)))
+    means = dict(zip(totals, (sums / examples.size).tolist(), strict=True))
+    metrics = task.summarize(means, examples.size)
     if task.metric not in metrics:
         raise RecipeError(
             f"the task decides by the metric {task.metric!r}, and measures {', '.join(metrics) or 'nothing'}: "
@@ -73,22 +77,35 @@ def evaluate(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _shares(size: int, batch_size: int, rank: int, processes: int) -> Iterator[tuple[Tensor, int]]:
+def _shares(examples: Examples, recipe: Recipe, rank: int, processes: int) -> Iterator[tuple[Tensor, int]]:
     """The batches of one process: indices (B,), and how many of them count.
 
     Every process has as many, of the same sizes, since each forward may be one of all processes together; what is
     missing is filled up with the last example, which then does not count.
     """
-    each = -(-size // processes)
-    for start in range(rank * each, (rank + 1) * each, batch_size):
-        stop = min(start + batch_size, (rank + 1) * each)
-        yield torch.arange(start, stop).clamp_(max=size - 1), max(0, min(stop, size) - start)
+    parts = recipe.accumulate * processes
+    size, each = examples.size, -(-examples.size // processes)
+    if recipe.batch_tokens is None or examples.lengths is None:
+        batch_size = 4 * recipe.batch_size // parts
+        for start in range(rank * each, (rank + 1) * each, batch_size):
+            stop = min(start + batch_size, (rank + 1) * each)
+            yield torch.arange(start, stop).clamp_(max=size - 1), max(0, min(stop, size) - start)
+        return
+    order = by_length(examples.lengths)
+    filled = order[torch.arange(each * processes).clamp_(max=size - 1)]
+    sizes = cut(examples.lengths[filled], 4 * recipe.batch_tokens // recipe.accumulate, processes)
+    start = 0
+    for together in sizes:
+        own = together // processes
+        first = start + rank * own
+        yield filled[first : first + own], max(0, min(first + own, size) - first)
+        start += together
 
 
-def _scores(task: Task, model: nn.Module, batch: Batch, prepared: tuple[Any, ...], size: int) -> dict[str, Tensor]:
-    if task.score is None:
-        raise RecipeError("a task needs a score to be measured")
-    scores = task.score(model, batch, *prepared)
+def _scores(
+    score: Callable[..., dict[str, Tensor]], model: nn.Module, batch: Batch, prepared: tuple[Any, ...], size: int
+) -> dict[str, Tensor]:
+    scores = score(model, batch, *prepared)
     if not isinstance(scores, dict) or not scores:
         raise RecipeError(
             'the task\'s score must be a dict of tensors by name, {"accuracy": ...}, '

@@ -18,8 +18,8 @@ from trimtab.watch.runlog import ARRAYS, STEPS, run_info, to_json
 
 logger = logging.getLogger("trimtab")
 
-RUN, RESULT, ERROR = "run.json", "result.json", "error.json"
-_OURS = {RUN, RESULT, ERROR, STEPS, "heads.json", "checkpoints", "report.html", *ARRAYS}
+RUN, RESULT, ERROR, FILES = "run.json", "result.json", "error.json", "files"
+_OURS = {RUN, RESULT, ERROR, STEPS, "heads.json", "checkpoints", "report.html", FILES, *ARRAYS}
 _LOCK = ".lock"
 # What two runs of one recipe must share to be the same bit for bit.
 _EXACT = ("trimtab", "torch", "python", "platform", "machine", "threads", "accelerator", "strategy")
@@ -60,6 +60,27 @@ def open_folder(folder: Path, run: Mapping[str, Any]) -> Iterator[Found]:
 
         found = ranks.gather(ranks.all_do(look))[0]
         yield found
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write what a task has for the run folder, name to text, into its folder of files; the first process does.
+
+    Raises:
+        RunFolderError: they cannot be written; on every process.
+    """
+
+    def write() -> None:
+        try:
+            for name, text in files.items():
+                path = folder / FILES / name
+                path.parent.mkdir(exist_ok=True)
+                aside = path.with_name(f"{name}.part")
+                aside.write_text(text, encoding="utf-8")
+                os.replace(aside, path)
+        except OSError as error:
+            raise RunFolderError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
+
+    Ranks().first_does(write)
 
 
 def _look(folder: Path, run: dict[str, Any]) -> Found:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trimtab.errors import RecipeError
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Batch, Examples
+from trimtab.train.buckets import Buckets
 from trimtab.train.order import batch_indices, derived_seed, own_share
 
 if TYPE_CHECKING:
@@ -26,11 +28,20 @@ class Loader:
         examples: what to learn from.
         recipe: its seed, batch size and accumulation.
         fabric: which process this is, and its device.
+
+    Raises:
+        RecipeError: the examples cannot be put together as the recipe asks for.
     """
 
     def __init__(self, examples: Examples, recipe: Recipe, fabric: "Fabric") -> None:
         self._examples, self._recipe, self._fabric = examples, recipe, fabric
+        self._buckets = _buckets(examples, recipe, recipe.accumulate * fabric.world_size)
         self._seconds: deque[float] = deque(maxlen=1000)
+
+    @property
+    def examples_in_step(self) -> float:
+        """Of all processes together; the mean, where their number varies."""
+        return self._recipe.batch_size if self._buckets is None else self._buckets.mean_size
 
     def batches(self, first_step: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of `first_step` and of all that follow, on the device; close it when it is done."""
@@ -55,7 +66,10 @@ class Loader:
     def _make(self, step: int) -> list[Batch]:
         began = time.perf_counter()
         recipe, rank = self._recipe, self._fabric.global_rank
-        indices = batch_indices(self._examples.size, recipe.batch_size, recipe.seed, step)
+        if self._buckets is None:
+            indices = batch_indices(self._examples.size, recipe.batch_size, recipe.seed, step)
+        else:
+            indices = self._buckets.indices(step)
         generator = torch.Generator().manual_seed(derived_seed("batch", recipe.seed, step, rank))
         shares = own_share(indices, recipe.accumulate, rank, self._fabric.world_size)
         made = [self._examples.batch(share, generator) for share in shares]
@@ -63,6 +77,15 @@ class Loader:
             made = _pinned(made)
         self._seconds.append(time.perf_counter() - began)
         return made
+
+
+def _buckets(examples: Examples, recipe: Recipe, parts: int) -> Buckets | None:
+    if recipe.batch_tokens is None:
+        return None
+    if examples.lengths is None:
+        raise RecipeError("batch_tokens is for examples that are sequences of different lengths: set batch_size")
+    # Batches are multiples of 8, so that their number of processes does not show in what they hold.
+    return Buckets(examples.lengths, recipe.batch_tokens, math.lcm(8, parts), recipe.seed)
 
 
 def _pinned(batch: Batch) -> Any:

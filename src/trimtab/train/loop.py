@@ -23,7 +23,7 @@ from trimtab.train.average import Average
 from trimtab.train.checkpoints import best_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from trimtab.train.clock import Clock
 from trimtab.train.evaluate import evaluate
-from trimtab.train.folder import open_folder
+from trimtab.train.folder import open_folder, write_files
 from trimtab.train.hardware import Hardware, distributed, launched
 from trimtab.train.loader import Loader
 from trimtab.train.log import PlainLog, WorstHead
@@ -101,6 +101,7 @@ def train(
         _check(used, task, fabric.world_size)
         stabilize_(task.model, used.stabilizer, changes_made=True)
         run |= task.facts
+        write_files(Path(folder), task.files)
         run["parameters"] = sum(parameter.numel() for parameter in task.model.parameters())
         # Dropout and the like begin the same whatever a stabilizer drew, and differently in each process.
         seed_all(derived_seed("training", used.seed, fabric.global_rank))
@@ -132,8 +133,11 @@ def _run(
         if examples is None:
             return {}
         with average.applied(task.model) if average is not None else nullcontext():
-            size = 4 * recipe.batch_size // (recipe.accumulate * fabric.world_size)  # no gradients: less memory
-            return evaluate(fabric, model, task, examples, size, recipe.seed)
+            return evaluate(fabric, model, task, examples, recipe)
+
+    def told(test: dict[str, float]) -> Result:
+        assert status is not None
+        return result_of(folder, status, recipe, task, state, test, fabric.device, loader.examples_in_step)
 
     with _log(recipe, task, optimizers, folder, fabric, info, worst, quiet=on_step is not None) as watch:
         state = TrainState(task.model, optimizers, average, scaler_of(fabric), watch)
@@ -176,7 +180,7 @@ def _run(
                     status = end_of(recipe, state)
                 watch.step(facts["loss"], **(metrics if logged else {}))
                 if logged and on_step is not None and fabric.is_global_zero:
-                    on_step(progress_of(recipe, state, clock, worst.name))
+                    on_step(progress_of(recipe, state, clock, worst.name, loader.examples_in_step))
                 if status is None and interrupted:
                     status = "interrupted"
                 better = facts["best_step"] == step
@@ -184,13 +188,13 @@ def _run(
                     _save(folder, state, recipe.keep, metrics, task)
 
         if status == "interrupted":
-            return result_of(folder, status, recipe, task, state, {}, fabric.device)
+            return told({})
         if recipe.patience is not None and state.facts["best"]:
             _load_best(folder, task, average)
             state.facts["metrics"] = measure(task.evaluation)
         test = measure(task.test)
         state.facts["seconds"] = clock.seconds()
-        result = Ranks().gather(result_of(folder, status, recipe, task, state, test, fabric.device))[0]
+        result = Ranks().gather(told(test))[0]
     Ranks().first_does(lambda: write_result(result))
     return result
 
@@ -254,6 +258,13 @@ def _check(recipe: Recipe, task: Task, processes: int) -> None:
     """Refuse what does not fit together."""
     if not isinstance(task, Task):
         raise RecipeError(f"{type(recipe).__name__}.task must return a Task, it returned {type(task).__name__}")
+    if recipe.batch_tokens is None:  # or else the loader knows
+        _check_batch_size(recipe, task, processes)
+    if recipe.patience is not None and task.evaluation is None:
+        raise RecipeError("patience needs examples to evaluate on, and the task has none: give it `evaluation`")
+
+
+def _check_batch_size(recipe: Recipe, task: Task, processes: int) -> None:
     if recipe.batch_size > task.train.size:
         raise RecipeError(f"batch_size {recipe.batch_size} is larger than the {task.train.size:,} training examples")
     if recipe.batch_size % (recipe.accumulate * processes):
@@ -261,5 +272,3 @@ def _check(recipe: Recipe, task: Task, processes: int) -> None:
             f"batch_size must be a multiple of {recipe.accumulate} micro-batches × {processes} processes, "
             f"got {recipe.batch_size}"
         )
-    if recipe.patience is not None and task.evaluation is None:
-        raise RecipeError("patience needs examples to evaluate on, and the task has none: give it `evaluation`")

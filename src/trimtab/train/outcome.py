@@ -88,8 +88,8 @@ def elapsed(recipe: Recipe, clock: Clock, fabric: "Fabric") -> float:
     return told.item()
 
 
-def progress_of(recipe: Recipe, state: TrainState, clock: Clock, worst_head: str | None) -> Progress:
-    """What is told of a logged step."""
+def progress_of(recipe: Recipe, state: TrainState, clock: Clock, worst_head: str | None, examples: float) -> Progress:
+    """What is told of a logged step, in which there were so many examples."""
     watch, facts = state.watch, state.facts
     assert watch is not None
     return Progress(
@@ -102,7 +102,7 @@ def progress_of(recipe: Recipe, state: TrainState, clock: Clock, worst_head: str
         worst_head=worst_head,
         alarms=tuple(alarm.message for alarm in watch.alarms),
         seconds=facts["seconds"],
-        samples_per_second=recipe.batch_size / clock.lately,
+        samples_per_second=examples / clock.lately,
     )
 
 
@@ -114,8 +114,9 @@ def result_of(
     state: TrainState,
     test: dict[str, float],
     device: torch.device,
+    examples: float,
 ) -> Result:
-    """What is told of a run at its end."""
+    """What is told of a run at its end, with so many examples in a step."""
     facts = state.facts
     return Result(
         folder=folder,
@@ -124,8 +125,8 @@ def result_of(
         loss=facts["loss"],
         seconds=facts["seconds"],
         step_seconds=facts["step_seconds"],
-        samples_per_second=recipe.batch_size / facts["step_seconds"],
-        loader_samples_per_second=recipe.batch_size / facts["loader_seconds"],
+        samples_per_second=examples / facts["step_seconds"],
+        loader_samples_per_second=examples / facts["loader_seconds"],
         peak_memory_bytes=peak_memory(device),
         initial=facts["initial"],
         metrics=facts["metrics"],

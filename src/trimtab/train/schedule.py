@@ -30,6 +30,8 @@ def learning_rate_factor(recipe: Recipe, step: int, elapsed: float = 0.0) -> flo
         return (1 + math.cos(math.pi * min(1.0, after / max(1, recipe.steps - recipe.warmup_steps)))) / 2
     if recipe.schedule == "step":
         return recipe.step_factor ** math.floor((after - 1) / recipe.step_every)
+    if recipe.schedule == "inverse_sqrt":
+        return math.sqrt(max(1, recipe.warmup_steps) / at)
     return 1.0
 
 

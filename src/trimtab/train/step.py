@@ -51,15 +51,16 @@ def step_function(
         for optimizer in optimizers:
             optimizer.zero_grad()
         mean: Tensor | None = None
-        for number, batch in enumerate(batches, 1):
+        parts = _parts(task, batches, fabric)
+        for number, (batch, parts_of_step) in enumerate(zip(batches, parts, strict=True), 1):
             with nullcontext() if number == len(batches) else _not_yet_shared(model):
                 with fabric.autocast():
                     loss = _checked(task.loss(model, batch))
                 added = auxiliary_loss(task.model)
                 part = loss.detach()
                 loss = loss if added is None else loss + added
-                if len(batches) > 1:
-                    loss, part = loss / len(batches), part / len(batches)
+                if parts_of_step is not None:
+                    loss, part = loss / parts_of_step, part / parts_of_step
                 fabric.backward(loss)
             mean = part if mean is None else mean + part
         if recipe.clip is not None:
@@ -109,6 +110,22 @@ def all_finite(model: nn.Module) -> Tensor:
     if not parts:
         return torch.tensor(True)
     return torch.stack(list(torch._foreach_norm(parts, ord=torch.inf))).isfinite().all()
+
+
+def _parts(task: Task, batches: list[Batch], fabric: "Fabric") -> list[Tensor | int | None]:
+    """What the loss of each micro-batch is divided by: the step's is their sum, in the mean of all processes.
+
+    None for one.
+    """
+    if task.weight is None:
+        return [len(batches) if len(batches) > 1 else None] * len(batches)
+    weights = torch.stack([task.weight(batch) for batch in batches]).double()
+    whole = weights.sum()
+    if fabric.world_size > 1:
+        torch.distributed.all_reduce(whole)
+    elif len(batches) == 1:
+        return [None]
+    return list((whole / fabric.world_size / weights).float())
 
 
 def _checked(loss: Any) -> Tensor:

@@ -52,7 +52,7 @@ def check(rank: int, pairs: Tensor, expected: dict[str, Tensor], metrics: dict[s
         with launched(Hardware(accelerator="cpu", strategy=strategy), "32") as fabric:
             task = drawn()
             model = distributed(fabric, task.model, compiled=False)
-            measured = evaluate(fabric, model, task, task.evaluation, 64, 0)
+            measured = evaluate(fabric, model, task, task.evaluation, RECIPE)
             # the same features, but for the order in which float32 products are summed; a probe stops at 1e-6
             assert measured["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-3)
             for name in ("probe_accuracy", "knn_accuracy"):
@@ -67,7 +67,7 @@ def check(rank: int, pairs: Tensor, expected: dict[str, Tensor], metrics: dict[s
 def test_two_processes_measure_and_step_as_one() -> None:
     task, pairs = drawn(), torch.randn(16, 2, 1, 8, 8)
     with launched(Hardware(accelerator="cpu"), "32") as fabric:
-        metrics = evaluate(fabric, task.model, task, task.evaluation, 128, 0)
+        metrics = evaluate(fabric, task.model, task, task.evaluation, RECIPE)
     loss(task.model, pairs).backward()
     in_processes(2, check, pairs, gradients(task.model), metrics)
 
