@@ -2,7 +2,7 @@
 
     python benchmarks/images.py fashion              # hours on 2 cores; killed, the same command goes on where it was
     python benchmarks/images.py cifar10
-    python benchmarks/images.py fashion --arms nothing,weight-norm     # these and the baseline only
+    python benchmarks/images.py fashion --arms nothing --seeds 20    # this one and the baseline: a narrower interval
     python benchmarks/images.py fashion --quick      # every arm, one setting, one seed, 20 steps: does it run?
     python benchmarks/images.py cifar10 --large      # a larger model and budget, for a GPU
 
@@ -23,7 +23,7 @@ budget, and judged by 5,000 training images that nobody trains on. The best sett
 runs are tested.
 
 Prints test accuracies and each arm's difference from the baseline, paired by seed, with the 95 % interval of Student's
-t. Writes results/images_<data>.json with every run, and a picture.
+t. Writes results/images_<data>.json (with some arms only, images_<data>_<arms>.json) with every run, and a picture.
 """
 
 import statistics
@@ -242,6 +242,8 @@ def main() -> None:
     arguments = parser.parse_args()
     name, folder = grids.place(f"images_{arguments.data}{'_large' * arguments.large}", arguments)
     wanted = arguments.arms.split(",") if arguments.arms else list(ARMS)
+    if arguments.arms:
+        name = "_".join([name, *wanted])
     if unknown := sorted(set(wanted) - set(ARMS)):
         parser.error(f"unknown arm {unknown[0]}; there are: {', '.join(ARMS)}")
     arms = [arm for arm in ARMS if arm in wanted or arm == "baseline"]
