@@ -19,7 +19,7 @@ from trimtab.reparam import (
     reparametrize_,
     sigma_error,
 )
-from trimtab.stabilizers import auxiliary_loss, fold_, save_pretrained, stabilize_
+from trimtab.stabilizers import auxiliary_loss, fold_, low_rank_, merge_low_rank_, save_pretrained, stabilize_
 from trimtab.watch import Alarm, Thresholds, Watch, observe
 from trimtab.watch.signals import (
     Sharpness,
@@ -55,6 +55,8 @@ __all__ = [
     "effective_weight",
     "entropy_lower_bound",
     "fold_",
+    "low_rank_",
+    "merge_low_rank_",
     "observe",
     "qk_energy",
     "refresh_",

@@ -69,14 +69,14 @@ def trains_like_one_process(rank: int, specs: list[str]) -> None:
                 fold_(sharded)
     plain = stabilized("none")
     fully_shard(plain)
-    for spec in ("layer-scale", "deepnorm", "weight-norm", "sigma"):
+    for spec in ("layer-scale", "deepnorm", "weight-norm", "low-rank", "sigma"):
         with pytest.raises(ConversionError, match="sharded already"):
             stabilize_(plain, spec)
     assert dist.get_world_size() == 2
 
 
 _SPECS = ["layer-scale:init=0.5", "deepnorm+sigma:gamma_init=one", "weight-norm", "qk-norm", "qk-clip:tau=0.05"]
-_SPECS += ["softcap:attention=0.5:logits=1+z-loss"]
+_SPECS += ["softcap:attention=0.5:logits=1+z-loss", "low-rank:rank=5+sigma"]
 
 
 @pytest.mark.parametrize("specs", [_SPECS])

@@ -12,7 +12,18 @@ from trimtab.watch import Watch
 
 EVERY_LINE = {
     *("step", "loss", "lr", "grad_norm", "entropy_min", "entropy_mean", "entropy_bound", "max_logit", "logit_norm"),
-    *("sigma", "gamma", "stable_rank", "update_ratio", "tev", "activation_rms", "output_z", "alarms", "time"),
+    *(
+        "sigma",
+        "gamma",
+        "stable_rank",
+        "grad_variance",
+        "update_ratio",
+        "tev",
+        "activation_rms",
+        "output_z",
+        "alarms",
+        "time",
+    ),
 }
 SLOW = {"sigma_error", "qk_energy", "grad_noise"}
 

@@ -9,11 +9,12 @@ small GPTs. A fused layer they do not know keeps one sigma.
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from trimtab.attention.low_rank import LowRankFused, LowRankLinear
 from trimtab.errors import ConversionError
 from trimtab.reparam.classes import mixin_of, plain_class_of
 from trimtab.reparam.config import SigmaReparam
@@ -83,14 +84,33 @@ Part = tuple[str, int]
 
 
 def places(model: nn.Module) -> dict[int, Place]:
-    """Return where each module of a model sits, by its id; what a LoRA layer wraps sits where that layer does."""
+    """Return where each module of a model sits, by its id.
+
+    What a LoRA layer wraps sits where that layer does, as do the last factor of a low-rank one and the parts of a fused
+    one.
+    """
     found: dict[int, Place] = {}
     for holder in model.modules():
         for name, child in holder._modules.items():
             if child is not None:
-                wrapped = name == "base_layer" and id(holder) in found
-                found.setdefault(id(child), found[id(holder)] if wrapped else Place(holder, name))
+                found.setdefault(id(child), _place(holder, name, found.get(id(holder))))
     return found
+
+
+def _place(holder: nn.Module, name: str, around: Place | None) -> Place:
+    if around is not None and isinstance(holder, LowRankFused):
+        return Place(around.holder, name)
+    wrapped = name == "base_layer" or (name == "up" and isinstance(holder, LowRankLinear))
+    return around if around is not None and wrapped else Place(holder, name)
+
+
+def children_of(holder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module by name; of one of low rank the layer whose rows are its outputs."""
+    for name, child in holder._modules.items():
+        if isinstance(child, LowRankFused):
+            yield from children_of(child)
+        elif child is not None:
+            yield name, child.up if isinstance(child, LowRankLinear) else child
 
 
 def block_sizes(
@@ -231,9 +251,9 @@ def features_of_head(holder: nn.Module, role: str, rows: int) -> int | None:
 
 def _rows_of_queries(holder: nn.Module) -> int | None:
     """Return the rows of the layer that makes a holder's queries, if it has one that makes nothing else."""
-    for name, child in holder._modules.items():
-        layer = getattr(child, "base_layer", child)
-        if name.lower() in SEPARATE["query"] and isinstance(layer, nn.Module) and is_linear(layer):
+    for name, child in children_of(holder):
+        layer: nn.Module = getattr(child, "base_layer", child)
+        if name.lower() in SEPARATE["query"] and is_linear(layer):
             weight = layer._parameters.get("weight")
             return None if weight is None else rows_and_columns(layer, weight)[0]
     return None

@@ -10,6 +10,7 @@ from trimtab.reparam.blocks import (
     HEADS,
     KEY_HEADS,
     Place,
+    children_of,
     features_of_head,
     is_head_by_head,
     is_linear,
@@ -152,9 +153,9 @@ def _head_by_head(holder: nn.Module, layer: nn.Module, rows: int) -> tuple[HeadR
 
 
 def _layers(holder: nn.Module) -> Iterator[tuple[Place, nn.Module, tuple[int, int]]]:
-    """The linear layers that a module holds itself, each with the rows (outputs) and columns of its weight."""
-    for name, child in holder._modules.items():
-        if child is not None and is_linear(child):
+    """The linear layers that make a module's projections, each with the rows (outputs) and columns of its weight."""
+    for name, child in children_of(holder):
+        if is_linear(child):
             weight = getattr(child, "weight", None)
             if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
                 yield Place(holder, name), child, rows_and_columns(child, weight)

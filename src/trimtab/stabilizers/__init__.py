@@ -8,6 +8,9 @@ from trimtab.stabilizers.deepnorm import DeepNorm
 from trimtab.stabilizers.fold import fold_
 from trimtab.stabilizers.init_scale import InitScale
 from trimtab.stabilizers.layer_scale import LayerScale
+from trimtab.stabilizers.low_rank import LowRank
+from trimtab.stabilizers.low_rank_layers import LowRankFit, low_rank_
+from trimtab.stabilizers.low_rank_merge import merge_low_rank_
 from trimtab.stabilizers.muon import Muon
 from trimtab.stabilizers.none import NoStabilizer
 from trimtab.stabilizers.qk_clip import QKClip
@@ -29,6 +32,8 @@ __all__ = [
     "DeepNorm",
     "InitScale",
     "LayerScale",
+    "LowRank",
+    "LowRankFit",
     "Muon",
     "NoStabilizer",
     "QKClip",
@@ -43,6 +48,8 @@ __all__ = [
     "ZLoss",
     "auxiliary_loss",
     "fold_",
+    "low_rank_",
+    "merge_low_rank_",
     "parse",
     "register",
     "save_pretrained",

@@ -36,7 +36,9 @@ def fold_(model: ModelT) -> ModelT:
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     known = applied_within(model)
     others = [cls() for name, cls in STABILIZERS.items() if has_defaults(cls) and name not in {k.name for k in known}]
-    folding = sorted((each for each in (*known, *others) if folds(each)), key=place_of)
+    folding = sorted(
+        (each for each in (*known, *others) if folds(each)), key=lambda each: (each.folds_last, place_of(each))
+    )
     before = _structure(model)
     with undone_on_error(model, values=sum(folds(each) for each in known) > 1):
         for each in folding:

@@ -9,9 +9,10 @@ from typing import Literal
 
 from torch import nn
 
+from trimtab.attention.low_rank import LowRankFused, LowRankLinear
 from trimtab.errors import ConversionError
 from trimtab.reparam import FilterFn
-from trimtab.reparam.blocks import FUSED, KEY_VALUE, SEPARATE, is_linear
+from trimtab.reparam.blocks import FUSED, KEY_VALUE, SEPARATE, children_of, is_linear
 from trimtab.reparam.classes import mixin_of, plain_class_of
 from trimtab.reparam.norms import is_norm
 
@@ -38,7 +39,7 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
-        if not _makes_queries(module):
+        if not makes_queries(module):
             continue
         around = name
         for holder in _upwards(name)[1:]:
@@ -59,12 +60,15 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 def attention_of(model: nn.Module) -> Callable[[str], bool]:
     """Return what says of a dotted name whether it belongs to an attention.
 
-    In a block that makes its queries itself, without a module for its attention, the names of the layers tell.
+    In a block that makes its queries itself, without a module for its attention, the names of the layers tell; the
+    factors of one of low rank go by its name.
     """
     inside, around = attentions(model), blocks(model)
     apart = tuple(name for name in inside if name not in around)
+    low_rank = [name for name, each in model.named_modules() if isinstance(each, LowRankLinear | LowRankFused)]
 
     def belongs(name: str) -> bool:
+        name = next((each for each in low_rank if is_within(name, (each,))), name)
         holder, _, short = name.rpartition(".")
         return is_within(name, apart) or (holder in inside and holder not in apart and short.lower() in _OF_ATTENTION)
 
@@ -106,10 +110,13 @@ def is_transposed(module: nn.Module) -> bool:
     return mixin is not None and mixin.transposed
 
 
-def _makes_queries(module: nn.Module) -> bool:
+def makes_queries(module: nn.Module) -> bool:
+    """Say whether a module holds a layer that makes queries, or is nn.MultiheadAttention."""
+    if isinstance(module, LowRankFused):  # one layer of the attention that holds it
+        return False
     return isinstance(module, nn.MultiheadAttention) or any(
-        child is not None and name.lower() in _QUERIES and is_linear(getattr(child, "base_layer", child))
-        for name, child in module._modules.items()
+        name.lower() in _QUERIES and is_linear(getattr(child, "base_layer", child))
+        for name, child in children_of(module)
     )
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from trimtab.attention.low_rank import LowRankLinear
 from trimtab.errors import ConversionError
 from trimtab.reparam.blocks import SEPARATE, Place, is_linear, parts_of
 from trimtab.reparam.carried import carried_names, is_sharded
@@ -34,7 +35,7 @@ def value_rows(holder: nn.Module, name: str, module: nn.Module) -> list[Rows]:
     Args:
         holder: the module that the layer sits in.
         name: the layer's dotted name.
-        module: the layer: a linear one, or nn.MultiheadAttention.
+        module: the layer: a linear one, one of low rank, or nn.MultiheadAttention.
 
     Raises:
         ConversionError: the layer makes values beside other things, and it is not known in which rows.
@@ -44,6 +45,8 @@ def value_rows(holder: nn.Module, name: str, module: nn.Module) -> list[Rows]:
             return [all_rows(module, name, "v_proj_weight")]
         return [Rows(module, name, "in_proj_weight", 2 * module.embed_dim, 3 * module.embed_dim)]
     short = name.rpartition(".")[2]
+    if isinstance(module, LowRankLinear):
+        return [all_rows(module.up, f"{name}.up")] if short.lower() in SEPARATE["value"] else []
     if not is_linear(module):
         return []
     if short.lower() in SEPARATE["value"]:

@@ -19,6 +19,7 @@ class Stabilizer:
         name: under which it is registered.
         order: where it stands when several are applied together: lower ones first. Weights are changed at 10, what
             their layers put out after 10.
+        folds_last: whether `fold_` comes to it after all others, as they changed the layers that it put there.
 
     Raises:
         RecipeError: an option has a value that its type does not allow.
@@ -26,6 +27,7 @@ class Stabilizer:
 
     name: ClassVar[str] = ""
     order: ClassVar[int] = 50
+    folds_last: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from trimtab.attention.low_rank import LowRankFused
 from trimtab.watch.signals import HeadStats, merge
 
 ROOT = "(root)"
@@ -148,6 +149,8 @@ def _candidates(model: nn.Module, names: dict[int, str]) -> list[str]:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
+    if isinstance(module, LowRankFused):  # a layer of the attention that holds it
+        return False
     own = {name for name, _ in module.named_children()} | {name for name, _ in module.named_parameters(recurse=False)}
     return "attention" in type(module).__name__.lower() or any(names <= own for names in _PROJECTIONS)
 

@@ -20,7 +20,7 @@ from trimtab.watch.taps.forward import plain_name
 logger = logging.getLogger("trimtab")
 
 # Signals that are told of weights or modules by name.
-_BY_NAME = {"sigma", "gamma", "stable_rank", "update_ratio", "tev", "sigma_error", "qk_energy"}
+_BY_NAME = {"sigma", "gamma", "stable_rank", "grad_variance", "update_ratio", "tev", "sigma_error", "qk_energy"}
 
 
 class Instruments:
@@ -72,7 +72,7 @@ class Instruments:
         with self._unless_it_fails("optimizer"):
             optimizer = self._optimizer.take()
             if optimizer is not None:
-                line |= {"lr": optimizer.lr, "grad_norm": optimizer.grad_norm, "update_ratio": optimizer.update_ratio}
+                line |= optimizer._asdict()
         with self._unless_it_fails("sigma"):
             line |= self._weights(exact=slow)
         with self._unless_it_fails("tev"):

@@ -31,7 +31,7 @@ _watched: WeakSet[nn.Module] = WeakSet()
 _OWN_NAMES = (
     *("step", "loss", "lr", "grad_norm"),
     *("entropy_min", "entropy_mean", "entropy_bound", "max_logit", "logit_norm"),
-    *("sigma", "gamma", "stable_rank", "update_ratio", "tev", "activation_rms", "output_z"),
+    *("sigma", "gamma", "stable_rank", "grad_variance", "update_ratio", "tev", "activation_rms", "output_z"),
     *("sigma_error", "qk_energy", "grad_noise", "sharpness"),
     *("alarms", "time"),
 )

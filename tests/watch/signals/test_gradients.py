@@ -4,8 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from trimtab.watch.signals.gradients import GradientNoise, averaged, gradient_noise
+from trimtab.watch.signals.gradients import (
+    GradientNoise,
+    averaged,
+    gradient_moments,
+    gradient_noise,
+    gradient_variances,
+)
 
 
 @settings(deadline=None, max_examples=25)
@@ -45,3 +52,34 @@ def test_averages_are_kept_apart() -> None:
 def test_one_part_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 parts"):
         gradient_noise(1.0, 1.0, 1)
+
+
+def test_the_variance_over_entries_is_that_of_numpy_over_a_whole_layer() -> None:
+    torch.manual_seed(0)
+    shapes = {"blocks.0.a": (3, 5), "blocks.0.b": (7,), "blocks.1.a": (4,), "head": (2, 2), "unused": (2,)}
+    parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        if name != "unused":
+            parameter.grad = 0.3 * number + torch.randn_like(parameter)  # means that differ
+    found = gradient_variances(gradient_moments(parameters), lambda name: name.rpartition(".")[0] or name)
+    together = torch.cat([parameters[name].grad.flatten() for name in ("blocks.0.a", "blocks.0.b")])
+    expected = {
+        "blocks.0": together.double().numpy().var(),
+        "blocks.1": parameters["blocks.1.a"].grad.double().numpy().var(),
+        "head": parameters["head"].grad.double().numpy().var(),
+    }
+    assert found == pytest.approx(expected, rel=1e-6)  # sums in float32
+
+
+def test_the_variance_over_entries_of_other_kinds_of_gradients() -> None:
+    """Rows that a sparse gradient lacks are zero; a constant has none, though rounding may say less; NaN stays."""
+    table, flat, broken = nn.Embedding(5, 2, sparse=True), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    table(torch.tensor([1, 1, 3])).square().sum().backward()
+    flat.grad, broken.grad = torch.full((3,), 0.1), torch.tensor([torch.nan, 1.0])
+    parameters = {"table": table.weight, "flat": flat, "broken": broken}
+    found = gradient_variances(gradient_moments(parameters), str)
+    assert found["table"] == pytest.approx(table.weight.grad.to_dense().var(correction=0).item())
+    assert found["flat"] == pytest.approx(0.0, abs=1e-9)
+    assert found["flat"] >= 0
+    assert math.isnan(found["broken"])
+    assert gradient_moments({"none": nn.Parameter(torch.zeros(2))}) == {}

@@ -57,6 +57,27 @@ def test_update_ratios_of_each_weight_over_the_step(tap) -> None:
     assert seen.take() is None
 
 
+def test_gradient_variance_by_block_and_by_module_outside(tap) -> None:
+    """Of a block whose parameters two optimisers hold it is one number; the scale of a GradScaler is taken out."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+    model = with_gradients(nn.ModuleDict({"words": nn.Embedding(7, 4), "encoder": encoder}))
+    seen = tap(model)
+    matrices = torch.optim.SGD([p for p in model.parameters() if p.ndim > 1], lr=0.0)
+    vectors = torch.optim.SGD([p for p in model.parameters() if p.ndim == 1], lr=0.0, fused=True)
+    vectors.grad_scale, vectors.found_inf = torch.tensor(4.0), torch.tensor(0.0)  # as a GradScaler sets them
+    for parameter in vectors.param_groups[0]["params"]:
+        parameter.grad *= 4
+    vectors.step()  # which divides the gradients
+    matrices.step()
+    expected = {}
+    for name in ("words", "encoder.layers.0", "encoder.layers.1"):
+        parameters = model.get_submodule(name).parameters()
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        expected[name] = flat.double().numpy().var()
+    assert seen.take().grad_variance == pytest.approx(expected, rel=1e-6)
+
+
 def test_two_optimizers_and_two_steps(tap) -> None:
     """Each weight is its own optimiser's; of several steps the last is told."""
     model = with_gradients(net())

@@ -14,7 +14,7 @@ from gloo_processes import in_processes
 
 from trimtab.watch.signals.embeddings import embedding_variability
 from trimtab.watch.signals.gradients import gradient_norm
-from trimtab.watch.signals.norms import norms
+from trimtab.watch.signals.norms import norms, sums
 from trimtab.watch.signals.sigmas import SigmaTracker
 from trimtab.watch.signals.weights import plain_weights
 from trimtab.watch.taps.gradients import GradientTap, noise_of
@@ -57,6 +57,7 @@ def watched_run(model: nn.Module, rank: int, count: int) -> list:
         optimizer.step()
         reading = tap.take()
         found.append({"tap": reading.grad_norm} | reading.update_ratio)
+        found.append(reading.grad_variance)
         weights = tracker.read(plain_weights(model), exact=step == 2)
         found += [{name: values[0] for name, values in weights.sigma.items()}, weights.stable_rank]
         found.append(embedding_variability(model)["words"]._asdict())
@@ -76,7 +77,7 @@ def sharded(rank: int) -> None:
     for layer in (model.one, model):
         fully_shard(layer)
     found = watched_run(model, rank, 2)
-    assert len(found) == len(expected) == 15
+    assert len(found) == len(expected) == 18
     for own, reference in zip(found, expected, strict=True):
         # One iteration of vectors that a Lanczos of pieces found agrees with that of an SVD to its tolerance.
         assert own == pytest.approx(reference, rel=1e-5)
@@ -96,6 +97,7 @@ def partial_sums(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     half = DTensor.from_local(torch.tensor([3.0, 4.0]) / 2, mesh, [Partial()], run_check=False)
     assert norms([half, torch.tensor([2.0])]).tolist() == pytest.approx([5.0, 2.0])
+    assert sums([half, torch.tensor([2.0])]).tolist() == pytest.approx([7.0, 2.0])
 
 
 def data_parallel(rank: int, micro_batches: int) -> None:

@@ -1,5 +1,6 @@
 """What is measured of token embeddings."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 from trimtab.reparam.carried import is_sharded, whole
 from trimtab.reparam.layers import Reparametrized
 
-# Rows are widened to float32 so many numbers at a time.
-_AT_ONCE = 2**24
+# So many numbers at a time: few enough for a processor's cache, enough for a GPU.
+_AT_ONCE = 2**20
 
 
 class TokenEmbeddingVariability(NamedTuple):
@@ -48,8 +49,13 @@ def token_embedding_variability(embedding_weight: Tensor) -> TokenEmbeddingVaria
     dtype = torch.promote_types(weight.dtype, torch.float32)
     # Of a sharded table each process takes its own rows; to cut it further would send them around.
     parts = [weight] if is_sharded(weight) else weight.split(max(1, _AT_ONCE // weight.shape[1]))
-    each = torch.cat([whole(part.to(dtype).std(dim=1, correction=0)) for part in parts]).cpu().double()
+    each = torch.cat([whole(_spread(part.to(dtype))) for part in parts]).cpu().double()
     return TokenEmbeddingVariability(each.mean().item(), each.std(correction=0).item())
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Standard deviation of each row, (rows,); torch's own is ten times slower on a CPU."""
+    return torch.linalg.vector_norm(rows - rows.mean(dim=1, keepdim=True), dim=1) / math.sqrt(rows.shape[1])
 
 
 @torch.no_grad()

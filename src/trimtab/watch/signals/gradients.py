@@ -1,18 +1,80 @@
 """What is measured of gradients."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from trimtab.watch.signals.norms import norms
+from trimtab.watch.signals.norms import norms, sums
+
+
+class Moments(NamedTuple):
+    """Moments of the entries of some gradients.
+
+    Attributes:
+        entries: how many.
+        total: their sum.
+        square: the sum of their squares.
+    """
+
+    entries: int
+    total: float
+    square: float
+
+    @property
+    def variance(self) -> float:
+        """Mean of the squares less the square of the mean, as of a whole population; never below 0."""
+        return max(self.square / self.entries - (self.total / self.entries) ** 2, 0.0) if self.entries else math.nan
+
+    def plus(self, other: "Moments") -> "Moments":
+        """Those of both gradients' entries together."""
+        return Moments(self.entries + other.entries, self.total + other.total, self.square + other.square)
+
+    def divided(self, scale: float) -> "Moments":
+        """Those of the entries divided by a number."""
+        return Moments(self.entries, self.total / scale, self.square / scale**2)
+
+
+def gradient_moments(parameters: Mapping[str, nn.Parameter]) -> dict[str, Moments]:
+    """Moments of the entries of each parameter's gradient, by its name; without a gradient, no moments.
+
+    Of sharded ones every process must ask, and is told of the whole.
+    """
+    found = {name: p.grad for name, p in parameters.items() if p.grad is not None and not p.grad.is_meta}
+    squares = norms(list(found.values())).square().tolist()
+    totals = sums(list(found.values())).tolist()
+    return {
+        name: Moments(gradient.numel(), total, square)
+        for (name, gradient), total, square in zip(found.items(), totals, squares, strict=True)
+    }
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float | None:
     """L2 norm of all gradients together; None without gradients. Of sharded ones every process must ask."""
-    found = norms([p.grad for p in parameters if p.grad is not None and not p.grad.is_meta])
-    return torch.linalg.vector_norm(found).item() if len(found) else None
+    return norm_of(gradient_moments({str(i): parameter for i, parameter in enumerate(parameters)}))
+
+
+def norm_of(moments: Mapping[str, Moments]) -> float | None:
+    """L2 norm of all these gradients together; None without any."""
+    return math.sqrt(sum(each.square for each in moments.values())) if moments else None
+
+
+def gradient_variances(moments: Mapping[str, Moments], layer_of: Callable[[str], str]) -> dict[str, float]:
+    """Variance over all entries of the gradients of each layer.
+
+    Chung et al. (EMNLP 2024, arXiv 2409.07787) speak of the variance of gradients by layer; this is the one that costs
+    no second gradient. How much gradients differ from one batch to the next is `gradient_noise`.
+
+    Args:
+        moments: by the name of the parameter.
+        layer_of: the layer of a parameter, by their names.
+    """
+    by_layer: dict[str, Moments] = {}
+    for name, each in moments.items():
+        layer = layer_of(name)
+        by_layer[layer] = by_layer[layer].plus(each) if layer in by_layer else each
+    return {layer: each.variance for layer, each in by_layer.items()}
 
 
 class GradientNoise(NamedTuple):

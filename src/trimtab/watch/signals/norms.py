@@ -1,4 +1,4 @@
-"""L2 norms of many tensors at once: accurate, safe from overflow, whole where the tensors are sharded."""
+"""L2 norms, and sums, of many tensors at once: accurate, safe from overflow, whole where the tensors are sharded."""
 
 from collections.abc import Sequence
 
@@ -29,6 +29,27 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     tensors = [_added_up(tensor) for tensor in tensors]
     return _of_all_pieces(_own_norms([_numbers(tensor) for tensor in tensors]), tensors)
+
+
+@torch.no_grad()
+def sums(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the entries of each tensor, as `norms` gives their norms: shape (tensors,), float64, on the CPU.
+
+    Added up in at least float32. Of complex tensors it is the sum of real and imaginary parts.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    tensors = [_added_up(tensor) for tensor in tensors]
+    own = torch.zeros(len(tensors), dtype=torch.float64, device="cpu")
+    totals = [each.sum(dtype=torch.promote_types(each.dtype, torch.float32)) for each in map(_numbers, tensors)]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, total in enumerate(totals):
+        groups.setdefault((total.device, total.dtype), []).append(i)
+    for members in groups.values():  # one wait for each device
+        own[members] = torch.stack([totals[i] for i in members]).cpu().double()
+    for like, members in _by_layout(tensors):
+        own[members] = _summed(own[members], like)
+    return own
 
 
 def _added_up(tensor: Tensor) -> Tensor:
@@ -77,16 +98,24 @@ def row_norms(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _of_all_pieces(own: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Norms of the whole tensors from those of the pieces on each process."""
+    for like, members in _by_layout(tensors):
+        own[members] = _summed(own[members].square(), like).sqrt()
+    return own
+
+
+def _by_layout(tensors: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
+    """The indices of the sharded tensors, those that are sharded alike together, each with one of them."""
     groups: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
         if is_sharded(tensor):
             groups.setdefault((tensor.device_mesh, tensor.placements), []).append(i)  # type: ignore[attr-defined]
-    for members in groups.values():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+    return [(tensors[members[0]], members) for members in groups.values()]
 
-        like = tensors[members[0]]
-        mesh = like.device_mesh  # type: ignore[attr-defined]
-        places = [Replicate() if p.is_replicate() else Partial() for p in like.placements]  # type: ignore[attr-defined]
-        squares = own[members].square().to(mesh.device_type)
-        own[members] = DTensor.from_local(squares, mesh, places, run_check=False).full_tensor().sqrt().cpu()
-    return own
+
+def _summed(own: Tensor, like: Tensor) -> Tensor:
+    """Numbers of the pieces on each process, added up over those that hold different pieces of a tensor like this."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    places = [Replicate() if p.is_replicate() else Partial() for p in like.placements]  # type: ignore[attr-defined]
+    return DTensor.from_local(own.to(mesh.device_type), mesh, places, run_check=False).full_tensor().cpu()

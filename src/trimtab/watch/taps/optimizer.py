@@ -1,6 +1,5 @@
 """A tap on the optimisers of a model."""
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from trimtab.reparam.carried import is_sharded
-from trimtab.watch.signals.gradients import gradient_norm
+from trimtab.watch.signals.gradients import Moments, gradient_moments, gradient_variances, norm_of
 from trimtab.watch.signals.norms import norms
+from trimtab.watch.taps.activations import residual_blocks
 from trimtab.watch.taps.entries import recomputes_or_captures
 
 
@@ -21,12 +21,15 @@ class OptimizerReading(NamedTuple):
     Attributes:
         lr: learning rate of each parameter group.
         grad_norm: L2 norm of the gradients as the optimisers got them, so after any clipping; None without any.
+        grad_variance: variance over the entries of the gradients of each layer, as of `grad_norm`: of each block of the
+            model, and of each module outside of them that holds parameters, by dotted name.
         update_ratio: ``|W_after - W_before| / |W_before|`` of each weight (a parameter of two or more dimensions) by
             dotted name; weights that were zero before the step have none.
     """
 
     lr: list[float]
     grad_norm: float | None
+    grad_variance: dict[str, float]
     update_ratio: dict[str, float]
 
 
@@ -40,7 +43,8 @@ class OptimizerTap:
     def __init__(self, model: nn.Module, wanted: Callable[[], bool]) -> None:
         self._model, self._wanted = model, wanted
         # By the parameters held: of an optimiser wrapped in another, and of several steps, the last is kept.
-        self._seen: dict[tuple[int, ...], tuple[list[float], float | None]] = {}
+        self._seen: dict[tuple[int, ...], tuple[list[float], dict[str, Moments]]] = {}
+        self._block_of: dict[str, str] | None = None  # the block that a module is in, by their names
         self._ratios: dict[str, float] = {}
         self._before: dict[Optimizer, _Copies] = {}  # during a step
         self._hooks = [
@@ -55,9 +59,9 @@ class OptimizerTap:
         self._before = {}  # of a step that an error ended
         if not seen:
             return None
-        grad_norms = [norm for _, norm in seen if norm is not None]
         lr = [value for values, _ in seen for value in values]
-        return OptimizerReading(lr, math.hypot(*grad_norms) if grad_norms else None, ratios)
+        moments = {name: each for _, found in seen for name, each in found.items()}
+        return OptimizerReading(lr, norm_of(moments), gradient_variances(moments, self._layer_of), ratios)
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -98,10 +102,24 @@ class OptimizerTap:
 
     def _note(self, optimizer: Optimizer, held: dict[str, nn.Parameter]) -> None:
         lr = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        norm = None
+        moments: dict[str, Moments] = {}
         with suppress(Exception):
-            norm = _unscaled(gradient_norm(held.values()), optimizer)
-        self._seen[tuple(map(id, held.values()))] = lr, norm
+            scale = _scale(optimizer)
+            moments = {name: each.divided(scale) for name, each in gradient_moments(held).items()}
+        self._seen[tuple(map(id, held.values()))] = lr, moments
+
+    def _layer_of(self, parameter: str) -> str:
+        """The block that a parameter is in, or the module that holds it; by their names."""
+        if self._block_of is None:
+            blocks = {id(block) for block in residual_blocks(self._model)}
+            self._block_of = {
+                f"{name}.{own}".rstrip("."): name
+                for name, block in self._model.named_modules()
+                if id(block) in blocks
+                for own, _ in block.named_modules()
+            }
+        holder = parameter.rpartition(".")[0]
+        return self._block_of.get(holder, holder)
 
 
 _Copies = dict[str, tuple[Tensor, Tensor]]
@@ -135,7 +153,6 @@ def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return kwargs.get("closure") is not None or any(callable(arg) for arg in args)
 
 
-def _unscaled(norm: float | None, optimizer: Optimizer) -> float | None:
+def _scale(optimizer: Optimizer) -> float:
     """A GradScaler hands its scale to fused optimisers, whose gradients are still multiplied by it."""
-    scale = getattr(optimizer, "grad_scale", None)
-    return norm if norm is None or scale is None else norm / float(scale)
+    return float(getattr(optimizer, "grad_scale", None) or 1.0)

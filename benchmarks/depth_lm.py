@@ -1,0 +1,285 @@
+"""Language models of 12 to 96 layers and one size: does low-rank attention hold them, and what grows with depth?
+
+    python benchmarks/depth_lm.py                # 180 runs, about 4 hours on 2 idle cores; killed, it goes on
+    python benchmarks/depth_lm.py --seeds 1      # the smallest useful table, about 80 minutes
+    python benchmarks/depth_lm.py --quick        # 4 and 8 layers, one learning rate, one seed, 10 steps: does it run?
+
+GPTs on byte pairs of WikiText-2 (1,024 tokens, context 64), as deep as they are narrow: 12 layers of 96 features, 24 of
+68, 48 of 48, 96 of 34, 1.4 million parameters each, two heads, pre-LN. 300 steps of 16 windows, AdamW, constant
+learning rate after a warmup of 30 steps, no clipping, which would hide what gradients do. GPT-2's start, its standard
+deviation of 0.02 at 768 features times sqrt(768 / width), so that a layer's output is as large as there; residual
+branches shrunk by (2 · depth)^-½. The arms:
+
+  vanilla        that model
+  sigma          sigma-Reparam with gamma 1 on every layer; LayerNorm stays
+  MLRA           query, key and value of half rank (Chung et al., arXiv 2409.07787): as many parameters, fresh factors
+                 whose products have the variance of the weights they replace
+  MLRA, sigma    both, a sigma for each factor
+  init-scale     the control of sigma: weights that merely start at W / sigma(W)
+
+Every arm has all learning rates. Per depth and arm, at the learning rate with the lowest median loss on the held-out
+text: perplexity a token, TEV of the token embedding at the end (mu and sigma over the vocabulary), the largest gradient
+norm, and over all learning rates the share of runs that diverged or ended no better than they began. By layer:
+
+  output variance    mean square of the residual stream after each block (its mean is near zero), at the first step and
+                     at the last. Its growth a layer, in %, over the first and over the second half of the layers:
+                     exponential growth is as fast in both, growth by equal steps is slower in the second
+  gradient variance  over the entries of a block's gradients: that of the shallowest quarter of the blocks over that of
+                     the deepest, median over the steps; and at the logged step at which the run's gradient was
+                     largest, the share of runs in which the block that grew most over its own median lies in the
+                     shallowest quarter (a quarter, if depth played no part)
+
+Writes results/depth_lm.json with every run, and a picture.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grids
+import measure
+import numpy as np
+import pictures
+from matplotlib import colormaps
+
+from trimtab.models.gpt import GPTConfig
+from trimtab.report.runlog import Floats, Run, number, read_run
+from trimtab.tasks.language import LanguageRecipe
+from trimtab.tasks.task import Task
+from trimtab.train.compare import compare
+from trimtab.train.compare.grid import RunPlace
+from trimtab.train.hardware import Hardware
+
+WIDTHS = {12: 96, 24: 68, 48: 48, 96: 34}
+LRS = (1e-3, 3e-3, 1e-2)
+STABILIZERS = {
+    "vanilla": "none",
+    "sigma": "sigma:gamma_init=one",
+    "MLRA": "low-rank:start=fresh",
+    "MLRA, sigma": "low-rank:start=fresh+sigma:gamma_init=one",
+    "init-scale": "init-scale:gamma_init=one",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut(LanguageRecipe):
+    """Without the test text, whose 245,569 words would take longer than the training; the held-out text decides."""
+
+    def task(self) -> Task:
+        return replace(super().task(), test=None)
+
+
+def recipe(depth: int, width: int, *, quick: bool) -> HeldOut:
+    """The vanilla model of one depth."""
+    steps, every = (10, 2) if quick else (300, 5)
+    std = 0.02 * math.sqrt(768 / width)
+    model = GPTConfig(
+        1024,
+        context=64,
+        dim=width,
+        depth=depth,
+        num_heads=2,
+        init_std=std,
+        embedding_std=std,
+        position_std=std / 2,
+        residual_gain=(2 * depth) ** -0.5,
+    )
+    return HeldOut(
+        data="wikitext-2",
+        tokens="bpe",
+        model=model,
+        batch_size=16,
+        accumulate=2,  # two halves of a batch tell how much gradients differ
+        steps=steps,
+        warmup_steps=steps // 10,
+        watch_every=every,
+        eval_every=steps,
+        checkpoint_every=steps,
+        keep=1,
+        evaluation_tokens=2_000 if quick else 20_000,
+    )
+
+
+def main() -> None:
+    arguments = grids.options(__doc__, seeds=3).parse_args()
+    name, folder = grids.place("depth_lm", arguments)
+    widths = {4: 24, 8: 16} if arguments.quick else WIDTHS
+    lrs = LRS[:1] if arguments.quick else LRS
+    seeds = range(1 if arguments.quick else arguments.seeds)
+    chosen = {
+        f"{depth} layers, {arm}": replace(recipe(depth, width, quick=arguments.quick), stabilizer=stabilizer)
+        for depth, width in widths.items()
+        for arm, stabilizer in STABILIZERS.items()
+    }
+    places = compare(
+        chosen,
+        lrs,
+        seeds,
+        folder,
+        jobs=arguments.jobs,
+        on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
+        hardware=Hardware(accelerator="cpu"),
+        facts={"recipe_name": "gpt-wikitext2-bpe"},
+    )
+    runs = [row(place) for place in places]
+    table = {
+        f"{depth}": {
+            arm: summary([r for r in runs if (r["depth"], r["arm"]) == (depth, arm)], lrs) for arm in STABILIZERS
+        }
+        for depth in widths
+    }
+    show(table)
+    results = {
+        "settings": {"widths": widths, "lr": lrs, "seeds": list(seeds), "arms": STABILIZERS},
+        "table": table,
+        "runs": runs,
+    }
+    path = measure.write(name, results)
+    print(f"\nwritten to {path} and {draw(runs, table, list(widths), name).name}")
+
+
+def row(place: RunPlace) -> dict[str, Any]:
+    """How a run ended, and what grew in it."""
+    run = read_run(place.folder)
+    result: dict[str, Any] = run.result or {"status": "error", "metrics": {}, "initial": {}}
+    depth, arm = place.arm.split(" layers, ")
+    first, last = (run.lines[i].get("activation_rms", {}) for i in (0, -1))
+    tev = next(iter(run.lines[-1].get("tev", {}).values()), [math.nan, math.nan])
+    loss, initial = (number(result[when].get("eval_loss")) for when in ("metrics", "initial"))
+    by_layer = gradient_variance(run)
+    return {
+        "arm": arm,
+        "depth": int(depth),
+        "lr": place.recipe.lr,
+        "seed": place.recipe.seed,
+        "status": result["status"],
+        "failed": result["status"] != "finished" or not loss < initial,  # also where it is NaN
+        "eval_loss": loss,
+        "perplexity": number(result["metrics"].get("perplexity")),
+        "tev": [float(value) for value in tev],
+        "grad_norm_max": float(np.nanmax(run.column("grad_norm"), initial=0)),
+        "output_variance": [[float(rms) ** 2 for rms in each.values()] for each in (first, last)],
+        "shallow_over_deep": shallow_over_deep(by_layer),
+        "shallow_grows_most": shallow_grows_most(by_layer, run.column("grad_norm")),
+        "grad_variance": np.nanmedian(by_layer, axis=0).tolist(),
+        "step_seconds": result.get("step_seconds"),
+    }
+
+
+def gradient_variance(run: Run) -> Floats:
+    """Of every block at every logged step, (lines, blocks); NaN where it is not finite."""
+    names = [name for name in run.lines[0].get("grad_variance", {}) if name.startswith("blocks.")]
+    values = [[float(line.get("grad_variance", {}).get(name, math.nan)) for name in names] for line in run.lines]
+    found = np.array(values, dtype=np.float64)
+    return np.where(np.isfinite(found) & (found > 0), found, np.nan)
+
+
+def shallow_over_deep(by_layer: Floats) -> float:
+    """Gradient variance of the shallowest quarter of the blocks over that of the deepest; median over the steps."""
+    quarter = max(1, by_layer.shape[1] // 4)
+    logs = np.log(by_layer)
+    return float(np.exp(np.nanmedian(logs[:, :quarter].mean(1) - logs[:, -quarter:].mean(1))))
+
+
+def shallow_grows_most(by_layer: Floats, norms: Floats) -> bool | None:
+    """Whether the block that grew most, when the gradient was largest, lies in the shallowest quarter.
+
+    The first fifth of the steps is left out, where gradients are large because nothing has been learned. None where no
+    step after it has finite gradients.
+    """
+    start = len(norms) // 5
+    by_layer, norms = by_layer[start:], norms[start:]
+    known = np.isfinite(by_layer).all(1) & np.isfinite(norms)
+    if not known.any():
+        return None
+    by_layer, norms = by_layer[known], norms[known]
+    growth = by_layer[np.argmax(norms)] / np.median(by_layer, axis=0)
+    return bool(np.argmax(growth) < max(1, len(growth) // 4))
+
+
+def growth(variance: Sequence[float]) -> list[float]:
+    """Growth a layer, as a share, over the first and over the second half of the layers; [] of what is not known."""
+    logs = np.log(np.array(variance)) if len(variance) > 2 else np.array([np.nan])
+    if not np.isfinite(logs).all():
+        return []
+    middle = len(logs) // 2
+    slopes = ((logs[middle] - logs[0]) / middle, (logs[-1] - logs[middle]) / (len(logs) - 1 - middle))
+    return [math.expm1(slope) for slope in slopes]
+
+
+def summary(runs: Sequence[dict[str, Any]], lrs: Sequence[float]) -> dict[str, Any]:
+    """Of one depth and arm: its best learning rate, and what it did there."""
+
+    def loss(run: dict[str, Any]) -> float:
+        return math.inf if run["failed"] else run["eval_loss"]
+
+    best = min(lrs, key=lambda lr: statistics.median(loss(run) for run in runs if run["lr"] == lr))
+    there = [run for run in runs if run["lr"] == best and not run["failed"]]
+    halves = [[growth(run["output_variance"][end]) for run in there] for end in (0, 1)]
+    return {
+        "best_lr": best,
+        "perplexity": [run["perplexity"] for run in there],
+        "perplexity_by_lr": {lr: [r["perplexity"] for r in runs if r["lr"] == lr and not r["failed"]] for lr in lrs},
+        "failed": statistics.fmean(run["failed"] for run in runs),
+        "tev": [_median([run["tev"][i] for run in there]) for i in (0, 1)],
+        "grad_norm_max": _median([run["grad_norm_max"] for run in there]),
+        "growth_start": [_median([each[i] for each in halves[0] if each]) for i in (0, 1)],
+        "growth_end": [_median([each[i] for each in halves[1] if each]) for i in (0, 1)],
+        "output_variance_end": _median([run["output_variance"][1][-1] for run in there if run["output_variance"][1]]),
+        "shallow_over_deep": _median([run["shallow_over_deep"] for run in there]),
+        "shallow_grows_most": _share([run["shallow_grows_most"] for run in runs]),
+    }
+
+
+def _share(answers: Sequence[bool | None]) -> float:
+    known = [answer for answer in answers if answer is not None]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan
+
+
+def show(table: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{'':24}{'best lr':>8}{'perplexity':>24}{'failed':>7}{'mu TEV':>8}{'sigma':>7}{'max grad':>9}", end="")
+    print(f"{'growth, start':>17}{'growth, end':>17}{'shallow/deep':>13}{'shallow first':>14}")
+    for depth, arms in table.items():
+        for arm, each in arms.items():
+            perplexity = measure.spread(each["perplexity"]) if each["perplexity"] else "-"
+            start, end = ("/".join(f"{value:.1%}" for value in each[name]) for name in ("growth_start", "growth_end"))
+            print(
+                f"{depth + ' layers, ' + arm:24}{each['best_lr']:>8g}{perplexity:>24}{each['failed']:>7.0%}"
+                f"{each['tev'][0]:>8.3f}{each['tev'][1]:>7.3f}{each['grad_norm_max']:>9.2f}{start:>17}{end:>17}"
+                f"{each['shallow_over_deep']:>13.2f}{each['shallow_grows_most']:>14.0%}"
+            )
+
+
+def draw(runs: Sequence[dict[str, Any]], table: dict[str, dict[str, Any]], depths: Sequence[int], name: str) -> Path:
+    """By depth and layer, at each arm's best learning rate: output variance at start and end, and gradient variance."""
+    rows = ("output variance, start", "output variance, end", "gradient variance")
+    figure, axes = pictures.panels(rows, [f"{depth} layers" for depth in depths], width=2.4)
+    colours = {arm: colormaps["tab10"](i) for i, arm in enumerate(STABILIZERS)}
+    marks: dict[str, object] = {}
+    for column, depth in enumerate(depths):
+        for arm, colour in colours.items():
+            best = table[str(depth)][arm]["best_lr"]
+            there = [r for r in runs if (r["depth"], r["arm"], r["lr"]) == (depth, arm, best) and not r["failed"]]
+            curves = ([r["output_variance"][0] for r in there], [r["output_variance"][1] for r in there])
+            panels = [line[column] for line in axes]
+            for panel, lines in zip(panels, (*curves, [r["grad_variance"] for r in there]), strict=True):
+                known = [values for values in lines if len(values) == depth]
+                if known:
+                    (marks[arm],) = panel.plot(
+                        range(1, depth + 1), np.median(known, axis=0), color=colour, linewidth=1.2
+                    )
+                panel.set_yscale("log")
+        axes[-1][column].set_xlabel("layer", fontsize=8)
+    pictures.legend(figure, marks)
+    return pictures.save(figure, name)
+
+
+if __name__ == "__main__":
+    main()
