@@ -11,7 +11,19 @@ import pytest
 from trimtab.cli import main
 from trimtab.errors import DataError
 
-COMMANDS = ("demo", "train", "compare", "recipes", "report", "watch", "inspect", "data")
+COMMANDS = (
+    "demo",
+    "train",
+    "compare",
+    "recipes",
+    "report",
+    "watch",
+    "generate",
+    "translate",
+    "transcribe",
+    "inspect",
+    "data",
+)
 
 
 @pytest.fixture

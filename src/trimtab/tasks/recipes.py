@@ -25,7 +25,10 @@ from trimtab.tasks.images.recipes import (
     vit_fashion_sigma,
     vit_fashion_sigma_preln,
 )
+from trimtab.tasks.language.recipes import LANGUAGE_RECIPES
 from trimtab.tasks.recipe import Recipe
+from trimtab.tasks.speech.recipes import SPEECH_RECIPES
+from trimtab.tasks.translation.recipes import TRANSLATION_RECIPES
 from trimtab.tasks.typed import typed
 from trimtab.words import nearest
 
@@ -41,6 +44,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "vit-cifar10-sigma-preln": vit_cifar10_sigma_preln,
     **IMAGENET_RECIPES,
     **CONTRAST_RECIPES,
+    **LANGUAGE_RECIPES,
+    **TRANSLATION_RECIPES,
+    **SPEECH_RECIPES,
 }
 """Name to the function that returns the recipe; the first line of its docstring tells what it is."""
 

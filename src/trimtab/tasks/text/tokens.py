@@ -25,13 +25,13 @@ FILE = "tokenizer.json"
 """Under which name a task leaves its tokenizer in the run folder."""
 
 
-def learn(kind: Kind, texts: Sequence[str], size: int | None = None) -> "Tokenizer":
+def learn(kind: Kind, texts: Iterable[str], size: int | None = None) -> "Tokenizer":
     """Learn a vocabulary.
 
     Args:
         kind: "characters"; "words", separated by white space; or "bpe", byte-pair encoding of bytes (Sennrich et al.,
             arXiv 1508.07909), to which no character is unknown.
-        texts: to learn from.
+        texts: to learn from; they are gone through more than once.
         size: most tokens, the special ones included; the rarest characters or words are unknown then. Needed for
             "bpe", which has fewer only if the texts have no more pairs.
 
@@ -70,7 +70,7 @@ def decode(tokenizer: "Tokenizer", rows: Iterable[Sequence[int]]) -> list[str]:
     return tokenizer.decode_batch([list(map(int, row)) for row in rows], skip_special_tokens=True)
 
 
-def _bpe(texts: Sequence[str], size: int | None) -> "Tokenizer":
+def _bpe(texts: Iterable[str], size: int | None) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     least = 256 + len(SPECIAL)
@@ -87,7 +87,7 @@ def _bpe(texts: Sequence[str], size: int | None) -> "Tokenizer":
     return tokenizer
 
 
-def _counted(pieces: Callable[[str], Iterable[str]], kind: Kind, texts: Sequence[str], size: int | None) -> "Tokenizer":
+def _counted(pieces: Callable[[str], Iterable[str]], kind: Kind, texts: Iterable[str], size: int | None) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     counts = Counter(piece for text in texts for piece in pieces(text))

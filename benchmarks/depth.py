@@ -1,0 +1,311 @@
+"""Encoder-decoders of 6 + 6 to 100 + 100 blocks without warmup: which train, and how much is the start of weights.
+
+    python benchmarks/depth.py --depths 6,18     # the smallest useful table
+    python benchmarks/depth.py                   # 6, 18, 50 and 100 blocks in encoder and decoder each
+    python benchmarks/depth.py --optimizer sgd --depths 6,18
+    python benchmarks/depth.py --bleu 18         # each arm at its best learning rate of the table, to a real BLEU
+    python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
+
+On two idle cores a seed takes about 4, 10, 25 and 55 minutes at these depths (from single steps, on a busy machine).
+
+English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500) of at most 1,024
+tokens, constant learning rate, no warmup, no dropout. The arms differ in nothing but:
+
+  post-LN     Vaswani et al.'s, Glorot's start
+  pre-LN      the norms before the branches, one after the last block
+  DeepNorm    post-LN with the scales of Wang et al., arXiv 2203.00555
+  sigma       post-LN, sigma-Reparam with gamma 1 (Zhai et al., arXiv 2303.06296)
+  init-scale  the control: post-LN whose weights merely start at W / sigma(W)
+
+All have the same learning rates, each with all seeds; with SGD (momentum 0.9) gradients are clipped at norm 1. A run
+trained if its loss on the validation set, in nats a token, ends at least 0.1 below that of a model that knows only how
+often each token occurs.
+
+Prints for each depth and arm the share of runs that trained, and at its best learning rate the loss, the lowest entropy
+of a head over all logged steps (0-1), and how many times larger the gradients of its last encoder block are than those
+of its first (standard deviation of the entries, first step). Killed, it goes on. Writes results/depth.json, or
+depth_sgd.json, which has entropy and gradients by layer, and a picture. --bleu writes results/depth_bleu.json.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grids
+import measure
+import numpy as np
+import pictures
+from matplotlib.figure import Figure
+
+from trimtab.models.encoder_decoder import EncoderDecoderConfig
+from trimtab.report.looks import looks
+from trimtab.report.runlog import read_run
+from trimtab.tasks.text.tokens import END
+from trimtab.tasks.translation import TranslationRecipe
+from trimtab.tasks.translation.pairs import find_corpus
+from trimtab.tasks.translation.sentences import Sentences, load_encoded
+from trimtab.train.compare import compare
+from trimtab.train.compare.grid import RunPlace
+from trimtab.train.hardware import Hardware
+
+LRS = {"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.1, 0.3, 1.0, 3.0)}
+STEPS = {"adam": 300, "sgd": 1500}
+VOCABULARY = 2000
+MARGIN = 0.1  # nats a token below the unigram model's loss
+
+
+def arms(depth: int, optimizer: str, steps: int) -> dict[str, TranslationRecipe]:
+    post = TranslationRecipe(
+        data="multi30k",
+        source="en",
+        target="de",
+        model=EncoderDecoderConfig(
+            source_vocab=VOCABULARY,
+            target_vocab=VOCABULARY,
+            dim=32,
+            encoder_depth=depth,
+            decoder_depth=depth,
+            num_heads=2,
+            dropout=0.0,
+        ),
+        max_length=50,
+        decode="never",
+        optimizer=optimizer,  # type: ignore[arg-type]
+        clip=1.0 if optimizer == "sgd" else None,
+        betas=(0.9, 0.98),
+        steps=steps,
+        batch_tokens=1024,
+        watch_every=max(1, steps // 10),
+        eval_every=steps,
+        checkpoint_every=max(1, steps // 3),
+        keep=1,
+    )
+    return {
+        "post-LN": post,
+        "pre-LN": replace(post, model=replace(post.model, norm="pre")),
+        "DeepNorm": replace(post, stabilizer="deepnorm"),
+        "sigma": replace(post, stabilizer="sigma:gamma_init=one"),
+        "init-scale": replace(post, stabilizer="init-scale:gamma_init=one"),
+    }
+
+
+def main() -> None:
+    parser = grids.options(__doc__, seeds=1)
+    parser.add_argument("--depths", default="6,18,50,100", help="blocks of the encoder, and of the decoder")
+    parser.add_argument("--optimizer", choices=LRS, default="adam")
+    parser.add_argument("--bleu", type=int, metavar="DEPTH", help="train the arms of this depth on, to a BLEU")
+    parser.add_argument("--steps", type=int, help="300 by default, SGD 1,500, with --bleu 3,000")
+    arguments = parser.parse_args()
+    if arguments.bleu:
+        to_bleu(arguments)
+        return
+    optimizer = arguments.optimizer
+    name, folder = grids.place("depth" if optimizer == "adam" else f"depth_{optimizer}", arguments)
+    steps = 4 if arguments.quick else arguments.steps or STEPS[optimizer]
+    depths = (2, 3) if arguments.quick else tuple(map(int, arguments.depths.split(",")))
+    seeds = range(1 if arguments.quick else arguments.seeds)
+    unigram = unigram_loss()
+    results: dict[str, Any] = {"steps": steps, "seeds": list(seeds), "unigram_loss": unigram, "table": [], "runs": []}
+    lrs = LRS[optimizer][1:2] if arguments.quick else LRS[optimizer]
+    for depth in sorted(depths):
+        chosen = arms(depth, optimizer, steps)
+        places = grid(chosen, lrs, seeds, folder / str(depth), arguments.jobs)
+        runs = [row(place, unigram) for place in places]
+        results["runs"] += runs
+        results["table"] += [summary(arm, lrs, [run for run in runs if run["arm"] == arm]) for arm in chosen]
+        path = measure.write(name, results)
+        draw(results, name)
+        show(results["table"], unigram)
+        print(f"written to {path} and {path.with_suffix('.png').name}\n", flush=True)
+
+
+def grid(
+    chosen: dict[str, TranslationRecipe], lrs: Sequence[float], seeds: Sequence[int], folder: Path, jobs: int | None
+) -> list[RunPlace]:
+    return compare(
+        chosen,
+        lrs,
+        seeds,
+        folder,
+        jobs=jobs,
+        on_news=grids.teller(len(chosen) * len(lrs) * len(seeds), folder.name),
+        hardware=Hardware(accelerator="cpu"),
+        facts={"recipe_name": "translate-multi30k"},
+    )
+
+
+def unigram_loss() -> float:
+    """Nats a token on the validation set, ends included, of the frequencies in training, one added to each count."""
+    corpus = find_corpus("multi30k", "en", "de")
+    encoded = load_encoded(corpus, VOCABULARY, VOCABULARY, joint=True)
+
+    def counts(sentences: Sentences) -> np.ndarray[Any, Any]:
+        found = np.bincount(sentences.tokens, minlength=VOCABULARY).astype(np.float64)
+        found[END] += len(sentences.lengths)
+        return found
+
+    known = counts(encoded.target["train"]) + 1
+    seen = counts(encoded.target["valid"])
+    return float(-(seen * np.log(known / known.sum())).sum() / seen.sum())
+
+
+def row(place: RunPlace, unigram: float) -> dict[str, Any]:
+    """How a run ended, and its entropies and gradients by layer."""
+    run = read_run(place.folder)
+    result = run.result or {"status": "error", "metrics": {}, "initial": {}}
+    loss = result["metrics"].get("eval_loss", math.inf)
+    loss = loss if math.isfinite(loss) and result["status"] == "finished" else math.inf
+    lowest = np.nanmin(run.entropy_normalized, initial=np.inf)
+    return {
+        "arm": place.arm,
+        "depth": place.recipe.model.encoder_depth,  # type: ignore[attr-defined]
+        "optimizer": place.recipe.optimizer,
+        "lr": place.recipe.lr,
+        "seed": place.recipe.seed,
+        "status": result["status"],
+        "initial_loss": result["initial"].get("eval_loss"),
+        "loss": loss,
+        "trained": loss < unigram - MARGIN,
+        "entropy_min": float(lowest) if math.isfinite(lowest) else None,
+        "entropy_by_layer": by_layer(run.heads, run.entropy_normalized[-1]),
+        "gradient_by_layer": {"first": gradients(run.lines[0]), "last": gradients(run.lines[-1])},
+        "step_seconds": result.get("step_seconds"),
+    }
+
+
+def by_layer(heads: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """The lowest of each attention layer's heads; of what has broken, nothing."""
+    found: dict[str, float] = {}
+    for head, value in zip(heads, values, strict=True):
+        layer = head.rpartition(" head ")[0]
+        if math.isfinite(value):
+            found[layer] = min(float(value), found.get(layer, math.inf))
+    return found
+
+
+def gradients(line: dict[str, Any]) -> dict[str, float]:
+    """Standard deviation over the entries of each block's gradient."""
+    logged = line.get("grad_variance") or {}
+    return {name: math.sqrt(float(value)) for name, value in logged.items() if math.isfinite(float(value))}
+
+
+def summary(arm: str, lrs: Sequence[float], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def at(lr: float) -> list[dict[str, Any]]:
+        return [run for run in runs if run["lr"] == lr]
+
+    best = min(lrs, key=lambda lr: statistics.median(run["loss"] for run in at(lr)))
+    entropies = [run["entropy_min"] for run in at(best) if run["entropy_min"] is not None]
+    return {
+        "optimizer": runs[0]["optimizer"],
+        "depth": runs[0]["depth"],
+        "arm": arm,
+        "trained": statistics.fmean(run["trained"] for run in runs),
+        "trained_by_lr": {lr: statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
+        "best_lr": best,
+        "loss": statistics.median(run["loss"] for run in at(best)),
+        "entropy_min": min(entropies, default=None),
+        "gradient_last_over_first": statistics.median(last_over_first(run) for run in at(best)),
+        "step_seconds": statistics.median(run["step_seconds"] or math.nan for run in runs),
+    }
+
+
+def last_over_first(run: dict[str, Any]) -> float:
+    found = run["gradient_by_layer"]["first"]
+    first, last = found.get("encoder.0"), found.get(f"encoder.{run['depth'] - 1}")
+    return last / first if first and last else math.nan
+
+
+def show(table: Sequence[dict[str, Any]], unigram: float) -> None:
+    print(f"\nloss of the unigram model: {unigram:.2f}")
+    print(
+        f"{'':24}{'trained':>9}{'best lr':>9}{'loss':>8}{'lowest entropy':>16}{'gradient, last/first':>22}{'s/step':>8}"
+    )
+    for each in table:
+        title = f"{each['optimizer']} {each['depth']}+{each['depth']} {each['arm']}"
+        entropy = "-" if each["entropy_min"] is None else f"{each['entropy_min']:.3f}"
+        print(
+            f"{title:24}{each['trained']:>9.0%}{each['best_lr']:>9g}{each['loss']:>8.2f}{entropy:>16}"
+            f"{each['gradient_last_over_first']:>22.2g}{each['step_seconds']:>8.2f}"
+        )
+
+
+def draw(results: dict[str, Any], name: str) -> None:
+    """Loss over learning rate, and at the best one gradients and entropies by layer; a column for each depth."""
+    runs, unigram = results["runs"], results["unigram_loss"]
+    groups = list(dict.fromkeys((run["optimizer"], run["depth"]) for run in runs))
+    titles = [f"{optimizer}, {depth} + {depth} blocks" for optimizer, depth in groups]
+    rows = ["loss, nats a token", "gradient at step 1", "lowest entropy at the end"]
+    figure = Figure(figsize=(2.4 * len(titles) + 0.6, 5.8), dpi=150, layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), sharey="row", squeeze=False)  # what is below differs by row
+    for across, title in zip(axes, rows, strict=True):
+        across[0].set_ylabel(title, fontsize=8, color=pictures.INK)
+    for top, title in zip(axes[0], titles, strict=True):
+        top.set_title(title, fontsize=8.5, color=pictures.INK)
+    for ax in axes.flat:
+        pictures.dress(ax)
+    names = list(dict.fromkeys(run["arm"] for run in runs))
+    colors = {arm: look.color for arm, look in looks(names).items()}
+    entries: dict[str, object] = {}
+    for column, group in enumerate(groups):
+        ours = [run for run in runs if (run["optimizer"], run["depth"]) == group]
+        lrs = sorted({run["lr"] for run in ours})
+        axes[0][column].axhline(unigram, color=pictures.INK, linestyle=":", linewidth=0.8)
+        for arm in names:
+            cells = [[run["loss"] for run in ours if (run["arm"], run["lr"]) == (arm, lr)] for lr in lrs]
+            medians = [min(statistics.median(cell), unigram + 4) for cell in cells]  # what broke lies at the top
+            style = {"color": colors[arm], "linewidth": 1.2}
+            (entries[arm],) = axes[0][column].plot(lrs, medians, marker="o", markersize=3, **style)
+            best = next(
+                e["best_lr"] for e in results["table"] if (e["optimizer"], e["depth"], e["arm"]) == (*group, arm)
+            )
+            run = next(run for run in ours if (run["arm"], run["lr"]) == (arm, best))
+            stacked(axes[1][column], run["gradient_by_layer"]["first"], run["depth"], style)
+            stacked(axes[2][column], run["entropy_by_layer"], run["depth"], style)
+        axes[0][column].set_xscale("log")
+        axes[0][column].set_xlabel("learning rate", fontsize=7)
+        axes[1][column].set_yscale("log")
+        for below in axes[1:, column]:
+            below.set_xlabel("block: encoder, then decoder", fontsize=7)
+    pictures.legend(figure, entries)
+    pictures.save(figure, name)
+
+
+def stacked(ax: Any, values: dict[str, float], depth: int, style: dict[str, Any]) -> None:
+    """Values of blocks, the encoder's first, then the decoder's; the lowest of what a block has."""
+    found = [
+        min((value for name, value in values.items() if f"{name}.".startswith(f"{side}.{block}.")), default=math.nan)
+        for side in ("encoder", "decoder")
+        for block in range(depth)
+    ]
+    ax.plot(range(1, 2 * depth + 1), found, **style)
+    ax.axvline(depth + 0.5, color=pictures.FAINT, linewidth=0.8)
+
+
+def to_bleu(arguments: Any) -> None:
+    """Train each arm of a depth for longer, from the start, at its best learning rate, with a cosine."""
+    depth, steps = arguments.bleu, 20 if arguments.quick else arguments.steps or 3000
+    table = json.loads((measure.RESULTS / f"depth{'_quick' * arguments.quick}.json").read_text("utf8"))["table"]
+    best = {e["arm"]: e["best_lr"] for e in table if e["depth"] == depth}
+    name, folder = grids.place("depth_bleu", arguments)
+    found = []
+    for arm, recipe in arms(depth, "adam", steps).items():
+        recipe = replace(recipe, schedule="cosine", decode="test", beam=4)
+        for place in grid(
+            {arm: recipe}, [best[arm]], range(arguments.seeds), folder / f"{depth}-{arm}", arguments.jobs
+        ):
+            result = read_run(place.folder).result or {}
+            test = result.get("test", {})
+            found.append({
+                "arm": arm, "depth": depth, "lr": best[arm], "seed": place.recipe.seed,
+                "status": result.get("status", "error"), "bleu": test.get("bleu"), "loss": test.get("eval_loss"),
+            })  # fmt: skip
+            print(f"{arm:12} lr {best[arm]:g} seed {place.recipe.seed}: test BLEU {test.get('bleu')}", flush=True)
+    print(f"written to {measure.write(name, {'steps': steps, 'runs': found})}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Tokens that a trained `GPT` goes on with."""
+
+import torch
+from torch import Tensor
+
+from trimtab.models.gpt import GPT
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    tokens: Tensor,
+    count: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw the tokens that follow, one after the other.
+
+    Each costs one forward of one token, since keys and values of the earlier ones are kept. Where the context is full,
+    the older half of it is forgotten, and the rest is read anew.
+
+    Args:
+        model: in eval mode.
+        tokens: what they follow, (B, T) int64, at least one; of more than the context the last are read.
+        count: how many.
+        temperature: by which the logits are divided; 0 takes the likeliest token.
+        top_k: only so many of the likeliest tokens are drawn from; None for all.
+        generator: draws them, on the model's device; None for torch's global one.
+
+    Returns:
+        (B, count), int64.
+
+    Raises:
+        ValueError: there are no tokens to follow, or an argument is out of range.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"expected tokens of shape (B, T), T at least 1; got {tuple(tokens.shape)}")
+    if count < 0 or not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1):
+        raise ValueError(
+            "expected count >= 0, a finite temperature >= 0 and top_k >= 1 or None; got "
+            f"{count}, {temperature} and {top_k}"
+        )
+    context, given = model.config.context, tokens.shape[1]
+    cache, new = model.empty_cache(), tokens[:, -context:]
+    for _ in range(count):
+        if cache[0] and cache[0][0].shape[2] == context:
+            cache, new = model.empty_cache(), tokens[:, -max(1, context // 2) :]
+        drawn = _draw(model(new, cache)[:, -1].float(), temperature, top_k, generator)  # (B, V) -> (B, 1)
+        tokens, new = torch.cat([tokens, drawn], dim=1), drawn
+    return tokens[:, given:]
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token for each row of logits: (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -float("inf"))
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)

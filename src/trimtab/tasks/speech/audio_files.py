@@ -1,0 +1,67 @@
+"""Recordings in files: FLAC, WAV and what else libsndfile reads."""
+
+from pathlib import Path
+
+import numpy as np
+
+from trimtab.errors import DataError
+from trimtab.tasks.speech.features import SHIFT_MS, WINDOW_MS, Features, Samples, log_mel, normalized, num_frames
+
+SUFFIXES = (".flac", ".wav", ".ogg")
+
+
+class AudioError(DataError):
+    """A recording that cannot be used; `kind` is the same for all that are wrong alike."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_audio(path: str | Path, sample_rate: int) -> Samples:
+    """The samples of a recording, (N,), from -1 to 1.
+
+    Nothing is resampled or mixed down: that is for tools made for it, such as sox and ffmpeg, to do well and once.
+
+    Args:
+        path: of the file.
+        sample_rate: that it must have, Hz.
+
+    Raises:
+        AudioError: it is missing or damaged, of another sample rate, of several channels, or too short for one frame.
+    """
+    import soundfile
+
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
+        reason = "there is no such file" if not Path(path).exists() else getattr(error, "error_string", str(error))
+        raise AudioError("unreadable", f"{path} cannot be read: {reason}") from None
+    if rate != sample_rate:
+        raise wrong_rate(str(path), rate, sample_rate)
+    if samples.shape[1] != 1:
+        raise AudioError(
+            "several channels",
+            f"{path} has {samples.shape[1]} channels, expected one: mix or choose, for example with "
+            f"`sox {Path(path).name} -c 1 out.wav`",
+        )
+    if not num_frames(len(samples), sample_rate):
+        raise AudioError("too short", f"{path} is shorter than one window of {WINDOW_MS} ms (every {SHIFT_MS} ms)")
+    mono = samples[:, 0]
+    if not np.isfinite(mono).all():
+        raise AudioError("unreadable", f"{path} has samples that are not finite numbers")
+    return mono
+
+
+def wrong_rate(name: str, rate: int, expected: int) -> AudioError:
+    """The error for a recording of another sample rate, Hz."""
+    return AudioError(
+        "wrong sample rate",
+        f"{name} has {rate:,} samples a second, expected {expected:,}: convert it, for example with "
+        f"`sox {Path(name).name} -r {expected} out.wav`",
+    )
+
+
+def audio_features(samples: Samples, sample_rate: int, bins: int) -> Features:
+    """The features that a model of audio takes: log-mel energies, normalised over the utterance, (T, bins)."""
+    return normalized(log_mel(samples, sample_rate, bins))
