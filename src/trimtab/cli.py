@@ -41,7 +41,7 @@ _COMMANDS = {
         "FOLDER", "a run in the terminal, live while it goes on", "trimtab.report.terminal:watch_command"
     ),
     "generate": _Command("RUN", "text from a trained language model", "trimtab.use.generate:generate_command"),
-    "translate": _Command("RUN [FILE]", "lines through a trained model", "trimtab.use.translate:translate_command"),
+    "translate": _Command("RUN", "lines through a trained model", "trimtab.use.translate:translate_command"),
     "transcribe": _Command(
         "RUN FILE", "recordings to text, by a trained speech model", "trimtab.use.transcribe:transcribe_command"
     ),
@@ -134,7 +134,7 @@ def _run(words: list[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name + ' ' + command.usage:<23}{command.line}" for name, command in _COMMANDS.items()]
+    lines = [f"  {name + ' ' + command.usage:<20}{command.line}" for name, command in _COMMANDS.items()]
     return "\n".join(
         [
             "usage: trimtab COMMAND ...",

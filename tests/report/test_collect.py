@@ -143,11 +143,13 @@ def test_a_run_of_ones_own_loop_is_read_by_what_watch_was_told(tmp_path: Path) -
 def test_runs_that_cannot_be_compared_are_told_apart(tmp_path: Path) -> None:
     write_compare(tmp_path / "a", {"none": {0.1: [1.0, 1.0]}, "sigma": {0.1: [1.0, 1.0]}})
     write_run(tmp_path / "data", recipe={"data": "fashion"})
+    write_run(tmp_path / "other way", recipe={"source": "de", "target": "en"})
     write_run(tmp_path / "longer", recipe={"steps": 10_000})
+    write_run(tmp_path / "larger", recipe={"batch_tokens": 4096})
     write_run(tmp_path / "deeper", recipe={"model": {"depth": 12, "norm": "layernorm"}})
     write_run(tmp_path / "task", info={"task": "SpeechRecipe"})
     groups = comparisons(collect([tmp_path]))
-    assert sorted(len(group.runs) for group in groups) == [1, 1, 1, 1, 4]
+    assert sorted(len(group.runs) for group in groups) == [1, 1, 1, 1, 1, 1, 4]
     assert len(groups[0].runs) == 4  # the largest first
     # What a stabilizer changes of the same model and budget stays comparable.
     write_run(tmp_path / "plain", "sigma", 0.1, 2, recipe={"model": {"depth": 2, "norm": "none"}, "warmup_steps": 5})

@@ -101,7 +101,7 @@ def test_eval_is_not_counted(tmp_path) -> None:
 def test_a_step_that_is_not_logged_is_not_looked_at(tmp_path, monkeypatch) -> None:
     model, looked = Calls(), []
     monkeypatch.setattr("trimtab.watch.taps.sdpa.head_stats", lambda *_, **__: looked.append(1) or 1 / 0)
-    monkeypatch.setattr("trimtab.watch.taps.optimizer.gradient_norm", lambda _: looked.append(2))
+    monkeypatch.setattr("trimtab.watch.taps.optimizer.gradient_moments", lambda _: looked.append(2) or {})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Watch(model, tmp_path, every=10) as watch:
         watch.step(1.0)

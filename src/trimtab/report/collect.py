@@ -170,6 +170,10 @@ def _told_apart(runs: Sequence[RunSummary]) -> list[RunSummary]:
 _IDLE = {"lr", "seed", "watch", "watch_every", "eval_every", "checkpoint_every", "keep"}
 
 
+# Fields that decide what a run learns, and what it is measured on.
+_DATA = {"source", "target", "test", "tokens", "stride", "evaluation_tokens", "splits", "validation"}
+
+
 def _rest(run: RunSummary) -> dict[str, str]:
     """The recipe flat, without what differs within one arm."""
     return {name: str(value) for name, value in flat(run.recipe).items() if name.split(".")[0] not in _IDLE}
@@ -184,8 +188,9 @@ def _comparable(run: RunSummary) -> tuple[tuple[str, str], ...]:
     recipe = flat(run.recipe)
     key = {"task": str(run.info.get("task", ""))}
     for name, value in recipe.items():
-        budget = name in ("steps", "seconds", "batch_size")
-        data = name.split(".")[0].startswith("data")
+        budget = name in ("steps", "seconds", "batch_size", "batch_tokens")
+        field = name.split(".")[0]
+        data = field.startswith("data") or field in _DATA
         size = name.startswith("model.") and isinstance(value, int) and not isinstance(value, bool)
         if (budget or data or size) and value is not None:
             key[name] = str(value)

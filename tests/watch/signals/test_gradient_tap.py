@@ -139,6 +139,7 @@ def test_processes_that_share_their_gradient_and_others() -> None:
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # torch.compile's own
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
 def test_compiled_models_are_seen_and_not_compiled_again(tap, how) -> None:
+    torch._dynamo.reset()  # what other tests compiled counts towards its limit
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
     parts, compiled = list(torch.randn(2, 3, 5)), []

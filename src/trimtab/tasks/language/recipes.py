@@ -57,7 +57,7 @@ def gpt_wikitext2_bpe() -> LanguageRecipe:
 
 
 def gpt_wikitext103() -> LanguageRecipe:
-    """GPT-2's smallest size on byte pairs of WikiText-103, for GPUs: pre-LN, AdamW, cosine, bfloat16.
+    """GPT-2's smallest size on byte pairs of WikiText-103, for GPUs: pre-LN, AdamW.
 
     Settings of GPT-2's size and ours, not tuned. The data folder must hold wikitext-103.
     """

@@ -58,7 +58,7 @@ def translate_tatoeba() -> TranslationRecipe:
 
 
 def translate_wmt17() -> TranslationRecipe:
-    """English to German, WMT'17 in a folder of your own, for GPUs: post-LN, Adam, warmup, inverse square root.
+    """English to German, WMT'17 in a folder of your own, for GPUs: post-LN, Adam, warmup.
 
     61 million parameters ("base" of Vaswani et al.): 6 + 6 blocks. The folder wmt17-en-de holds train, valid and test
     as .en and .de.
@@ -97,7 +97,7 @@ def translate_wmt17_sigma() -> TranslationRecipe:
 
 
 def translate_wmt17_sigma_deep() -> TranslationRecipe:
-    """English to German, WMT'17, 100 + 100 blocks, sigma-Reparam with post-LN, without warmup, for GPUs: Adam."""
+    """English to German, WMT'17, 100 + 100 blocks, sigma-Reparam, post-LN, for GPUs: Adam."""
     base = translate_wmt17_sigma()
     return replace(base, model=replace(base.model, encoder_depth=100, decoder_depth=100), accumulate=4)
 
