@@ -10,6 +10,7 @@ from trimtab.attention import (
     entropy_lower_bound,
 )
 from trimtab.errors import CheckpointError, ConversionError, DataError, RecipeError, RunFolderError, TrimtabError
+from trimtab.optim import ASAM, SAM
 from trimtab.reparam import (
     SigmaReparam,
     describe,
@@ -32,6 +33,8 @@ from trimtab.watch.signals import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASAM",
+    "SAM",
     "Alarm",
     "AttentionStats",
     "CheckpointError",

@@ -45,7 +45,7 @@ def test_changes_of_a_recipe() -> None:
         with_changes(Inner(), "warmup")
 
 
-@pytest.mark.parametrize("spec", ["warmup", "clip", "muon", "sigma+warmup"])
+@pytest.mark.parametrize("spec", ["warmup", "clip", "muon", "sam", "sigma+sam", "sigma+warmup"])
 def test_changes_of_training_are_no_matter_of_a_bare_model(spec: str) -> None:
     model, before = small("vit").model, small("vit").model.state_dict()
     with pytest.raises(ConversionError, match="changes how a model is trained, not the model"):

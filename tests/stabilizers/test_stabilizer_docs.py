@@ -38,7 +38,7 @@ def test_what_is_named_exists() -> None:
 
 def test_the_code_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     try:
         exec("\n".join(blocks), {"__name__": "page"})
     finally:

@@ -36,6 +36,8 @@ def test_names_options_and_their_order() -> None:
         ("sigma:layers=mlp:layers=all", "given twice"),
         ("sigma+sigma:layers=mlp", "named twice"),
         ("clip:norm=0", "positive"),
+        ("sam:rho=0", "positive"),
+        ("sam:adaptive=1", "true or false"),
         ("warmup:steps=0", "at least 1"),
         ("muon:lr=1", "it has none"),
         ("", "expected names"),

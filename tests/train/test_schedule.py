@@ -22,6 +22,33 @@ def test_cosine_ends_at_zero_and_is_half_way_in_the_middle() -> None:
     assert learning_rate_factor(recipe, 12) == 0
 
 
+def test_a_cosine_ends_at_the_lowest_rate() -> None:
+    recipe = Small(schedule="cosine", warmup_steps=4, steps=12, lr=0.5, min_lr=0.1)
+    rates = [learning_rate(recipe, step) for step in (4, 8, 12)]
+    assert rates == pytest.approx([0.5, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_a_cosine_that_restarts_is_that_of_torch(warmup_steps: int) -> None:
+    recipe = Small(
+        schedule="cosine_restarts", restart_every=7, lr=0.5, min_lr=0.01, warmup_steps=warmup_steps, steps=40
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    other = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=7, eta_min=0.01)
+    for step in range(warmup_steps + 1, 41):
+        assert learning_rate(recipe, step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        other.step()
+
+
+@given(st.integers(1, 30), st.floats(0, 1), st.integers(1, 200), st.none() | st.floats(0.1, 1e3), st.floats(0, 1e4))
+def test_a_cosine_that_restarts_stays_between_its_ends(
+    every: int, lowest: float, step: int, seconds: float | None, elapsed: float
+) -> None:
+    recipe = Small(schedule="cosine_restarts", restart_every=every, lr=1.0, min_lr=lowest, seconds=seconds, steps=200)
+    assert lowest - 1e-12 <= learning_rate(recipe, step, elapsed) <= 1
+
+
 def test_steps_fall_where_they_should() -> None:
     recipe = Small(schedule="step", step_every=3, step_factor=0.1, warmup_steps=2, steps=20)
     factors = [learning_rate_factor(recipe, step) for step in range(1, 13)]

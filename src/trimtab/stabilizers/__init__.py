@@ -17,6 +17,7 @@ from trimtab.stabilizers.qk_clip import QKClip
 from trimtab.stabilizers.qk_norm import QKNorm
 from trimtab.stabilizers.registry import STABILIZERS, parse, register, spec_of
 from trimtab.stabilizers.rezero import ReZero
+from trimtab.stabilizers.sam import SharpnessAware
 from trimtab.stabilizers.saving import save_pretrained
 from trimtab.stabilizers.sigma import Sigma
 from trimtab.stabilizers.softcap import SoftCap
@@ -39,6 +40,7 @@ __all__ = [
     "QKClip",
     "QKNorm",
     "ReZero",
+    "SharpnessAware",
     "Sigma",
     "SoftCap",
     "SpectralNorm",

@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from trimtab.errors import RecipeError
+from trimtab.optim import ASAM, SAM
 from trimtab.reparam.carried import is_sharded
 
 if TYPE_CHECKING:
@@ -17,12 +18,22 @@ if TYPE_CHECKING:
 def build_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     """Make the optimisers of a recipe for a model that is where, and in the shards that, it will be trained.
 
-    Weights decay; biases, gains of norms, gammas and scales of branches, which have one dimension, do not.
+    Weights decay; biases, gains of norms, gammas and scales of branches, which have one dimension, do not. With a
+    `rho`, the optimiser is inside of SAM.
 
     Raises:
         RecipeError: nothing can be trained; this torch has no Muon, or the model nothing for it; or LARS is not
             installed.
     """
+    optimizers = _base_optimizers(recipe, model)
+    if recipe.rho is None:
+        return optimizers
+    (base,) = optimizers
+    kind = ASAM if recipe.adaptive else SAM
+    return [kind(base.param_groups, lambda _: base, recipe.rho, model=model)]
+
+
+def _base_optimizers(recipe: "Recipe", model: nn.Module) -> list[Optimizer]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise RecipeError("the model has no parameter to train")

@@ -13,7 +13,7 @@ from trimtab.tasks.task import Task
 from trimtab.tasks.typed import typed
 
 Optimizer = Literal["adamw", "adam", "sgd", "lars", "muon"]
-Schedule = Literal["constant", "cosine", "step", "inverse_sqrt"]
+Schedule = Literal["constant", "cosine", "cosine_restarts", "step", "inverse_sqrt"]
 Precision = Literal["32", "bf16", "fp16"]
 
 
@@ -31,9 +31,14 @@ class Recipe:
         momentum: of SGD and LARS.
         trust_coefficient: of LARS: without momentum a step moves a weight by `lr` times this share of its norm.
         weight_decay: the optimiser's weight decay; biases, norms, gammas and scales of branches do not decay.
-        schedule: "constant"; "cosine", down to zero at the last step; "step", times `step_factor` every `step_every`
-            steps; or "inverse_sqrt", by one over the square root of the step (Vaswani et al., arXiv 1706.03762); all of
-            them after the warmup.
+        rho: SAM's radius: the optimiser steps by the gradient at the worst point that near; None for no SAM.
+        adaptive: whether that is `trimtab.ASAM`'s radius, relative to the weights.
+        schedule: "constant"; "cosine", down to `min_lr` at the last step; "cosine_restarts", from the peak towards
+            `min_lr` again and again, in `restart_every` steps (Loshchilov & Hutter, arXiv 1608.03983, equation 5);
+            "step", times `step_factor` every `step_every` steps; or "inverse_sqrt", by one over the square root of the
+            step (Vaswani et al., arXiv 1706.03762); all of them after the warmup.
+        min_lr: where the two cosines end.
+        restart_every: of the schedule "cosine_restarts".
         step_every: of the step schedule.
         step_factor: of the step schedule.
         warmup_steps: steps over which the learning rate rises linearly from zero.
@@ -67,7 +72,11 @@ class Recipe:
     momentum: float = 0.9
     trust_coefficient: float = 1e-3
     weight_decay: float = 0.0
+    rho: float | None = None
+    adaptive: bool = False
     schedule: Schedule = "constant"
+    min_lr: float = 0.0
+    restart_every: int = 1000
     step_every: int = 1000
     step_factor: float = 0.1
     warmup_steps: int = 0
@@ -106,7 +115,7 @@ class Recipe:
         hints = get_type_hints(type(self))
         for field in fields(self):  # so that 1 and 1.0, or a list and a tuple, are the same recipe
             object.__setattr__(self, field.name, typed(hints[field.name], getattr(self, field.name), field.name))
-        for name in ("lr", "clip", "seconds", "step_factor", "trust_coefficient"):
+        for name in ("lr", "clip", "seconds", "step_factor", "trust_coefficient", "rho"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise RecipeError(f"{name} must be a positive number, got {value}")
@@ -114,10 +123,17 @@ class Recipe:
             raise RecipeError(f"ema must be between 0 and 1, got {self.ema}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"betas must be at least 0 and below 1, got {self.betas}")
+        if self.adaptive and self.rho is None:
+            raise RecipeError("adaptive is of SAM, and there is none without its radius: set rho as well")
+        if self.rho is not None and (self.optimizer == "muon" or self.precision == "fp16"):
+            what = "optimizer muon, which is two" if self.optimizer == "muon" else 'precision fp16: use "bf16" or "32"'
+            raise RecipeError(f"SAM (rho) asks for a closure, which does not go with {what}")
         if not 0 <= self.momentum < 1:
             raise RecipeError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise RecipeError(f"min_lr must be from 0 to lr, {self.lr}; got {self.min_lr}")
         positive = ("steps", "step_every", "batch_size", "accumulate", "watch_every", "eval_every", "checkpoint_every")
-        for name in (*positive, "keep", "patience", "batch_tokens"):
+        for name in (*positive, "keep", "patience", "batch_tokens", "restart_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")

@@ -27,12 +27,20 @@ def learning_rate_factor(recipe: Recipe, step: int, elapsed: float = 0.0) -> flo
         at = max(at, recipe.steps * min(1.0, elapsed / recipe.seconds))
     after = at - recipe.warmup_steps
     if recipe.schedule == "cosine":
-        return (1 + math.cos(math.pi * min(1.0, after / max(1, recipe.steps - recipe.warmup_steps)))) / 2
+        return _cosine(recipe, min(1.0, after / max(1, recipe.steps - recipe.warmup_steps)))
+    if recipe.schedule == "cosine_restarts":
+        return _cosine(recipe, (after - 1) % recipe.restart_every / recipe.restart_every)
     if recipe.schedule == "step":
         return recipe.step_factor ** math.floor((after - 1) / recipe.step_every)
     if recipe.schedule == "inverse_sqrt":
         return math.sqrt(max(1, recipe.warmup_steps) / at)
     return 1.0
+
+
+def _cosine(recipe: Recipe, done: float) -> float:
+    """Half a wave, from 1 where nothing is done, 0, to that of `min_lr` where all is, 1."""
+    lowest = recipe.min_lr / recipe.lr
+    return lowest + (1 - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
 def learning_rate(recipe: Recipe, step: int, elapsed: float = 0.0) -> float:

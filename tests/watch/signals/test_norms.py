@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trimtab.watch.signals.gradients import gradient_norm
-from trimtab.watch.signals.norms import norms
+from trimtab.spectral.norms import norms
+from trimtab.watch.signals.gradients import gradient_moments, gradient_norm
 
 
 @settings(deadline=None, max_examples=25)
@@ -42,21 +42,25 @@ def test_norms_tell_broken_tensors_from_large_ones() -> None:
     assert norms([]).shape == (0,)
 
 
+def norm_of_gradients(parameters) -> float | None:
+    return gradient_norm(gradient_moments({str(i): parameter for i, parameter in enumerate(parameters)}))
+
+
 def test_gradient_norm() -> None:
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(1))]
-    assert gradient_norm(parameters) is None
+    assert norm_of_gradients(parameters) is None
     parameters[0].grad = torch.tensor([3e30, 0.0])  # squares that float32 cannot hold
     parameters[1].grad = torch.zeros(3, 2)
     parameters[1].grad[2, 1] = 4e30
-    assert gradient_norm(parameters) == pytest.approx(5e30, rel=1e-6)
+    assert norm_of_gradients(parameters) == pytest.approx(5e30, rel=1e-6)
     parameters[2].grad = torch.tensor([math.nan])
-    assert math.isnan(gradient_norm(parameters))
+    assert math.isnan(norm_of_gradients(parameters))
 
 
 def test_gradient_norm_of_sparse_and_half_gradients() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([3, 3, 7])).sum().backward()  # row 3 twice: its gradient is 2
-    assert gradient_norm(embedding.parameters()) == pytest.approx(math.sqrt(4 * 4 + 4))
+    assert norm_of_gradients(embedding.parameters()) == pytest.approx(math.sqrt(4 * 4 + 4))
     half = nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
     half.grad = torch.ones(100, dtype=torch.bfloat16)
-    assert gradient_norm([half]) == pytest.approx(10)
+    assert norm_of_gradients([half]) == pytest.approx(10)

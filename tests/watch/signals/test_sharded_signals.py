@@ -12,9 +12,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "reparam" / "distributed"))
 from gloo_processes import in_processes
 
+from trimtab.spectral.norms import norms, sums
 from trimtab.watch.signals.embeddings import embedding_variability
-from trimtab.watch.signals.gradients import gradient_norm
-from trimtab.watch.signals.norms import norms, sums
+from trimtab.watch.signals.gradients import gradient_moments, gradient_norm
 from trimtab.watch.signals.sigmas import SigmaTracker
 from trimtab.watch.signals.weights import plain_weights
 from trimtab.watch.taps.gradients import GradientTap, noise_of
@@ -53,7 +53,7 @@ def watched_run(model: nn.Module, rank: int, count: int) -> list:
     for step in range(3):
         optimizer.zero_grad()
         model(batch(step).chunk(count)[rank]).backward()
-        found.append({"gradient": gradient_norm(model.parameters())})
+        found.append({"gradient": gradient_norm(gradient_moments(dict(model.named_parameters())))})
         optimizer.step()
         reading = tap.take()
         found.append({"tap": reading.grad_norm} | reading.update_ratio)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trimtab.reparam.carried import is_sharded
-from trimtab.watch.signals.norms import row_norms
+from trimtab.spectral.norms import row_norms
 
 # Logits are widened to float32 so many at a time.
 _AT_ONCE = 2**22

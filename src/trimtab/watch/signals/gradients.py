@@ -1,12 +1,12 @@
 """What is measured of gradients."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
-from trimtab.watch.signals.norms import norms, sums
+from trimtab.spectral.norms import norms, sums
 
 
 class Moments(NamedTuple):
@@ -50,12 +50,7 @@ def gradient_moments(parameters: Mapping[str, nn.Parameter]) -> dict[str, Moment
     }
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float | None:
-    """L2 norm of all gradients together; None without gradients. Of sharded ones every process must ask."""
-    return norm_of(gradient_moments({str(i): parameter for i, parameter in enumerate(parameters)}))
-
-
-def norm_of(moments: Mapping[str, Moments]) -> float | None:
+def gradient_norm(moments: Mapping[str, Moments]) -> float | None:
     """L2 norm of all these gradients together; None without any."""
     return math.sqrt(sum(each.square for each in moments.values())) if moments else None
 

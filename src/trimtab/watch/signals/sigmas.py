@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.reparam.carried import is_sharded
 from trimtab.spectral import Leading, exact_products, leading, thin_product
-from trimtab.watch.signals.norms import norms
+from trimtab.spectral.norms import norms
 
 # A weight of fewer entries is copied beside others of its shape: one product for all of them then costs less than the
 # launch of one for each.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from trimtab.spectral import leading
-from trimtab.watch.signals.norms import norms
+from trimtab.spectral.norms import norms
 
 
 def plain_weights(model: nn.Module, skip: Iterable[str] = ()) -> dict[str, Tensor]:

@@ -89,6 +89,8 @@ class Entries:
 class Hook:
     """A hook that compiled code does not see, and that stays behind when the model is copied or pickled."""
 
+    only_looks = True  # for models that take another way through layers whose hooks may change something
+
     def __init__(self, call: Callable[..., None] | None) -> None:
         self.call = call
 

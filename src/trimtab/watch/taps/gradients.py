@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from trimtab.reparam.carried import is_sharded
+from trimtab.spectral.norms import norms
 from trimtab.watch.signals.gradients import GradientNoise, gradient_noise
-from trimtab.watch.signals.norms import norms
 from trimtab.watch.taps.entries import Entries, recomputes_or_captures
 
 # Sums of floats over processes may differ in their last digits; gradients of different batches differ in the first.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from trimtab.reparam.carried import is_sharded
-from trimtab.watch.signals.gradients import Moments, gradient_moments, gradient_variances, norm_of
-from trimtab.watch.signals.norms import norms
+from trimtab.spectral.norms import norms
+from trimtab.watch.signals.gradients import Moments, gradient_moments, gradient_norm, gradient_variances
 from trimtab.watch.taps.activations import residual_blocks
 from trimtab.watch.taps.entries import recomputes_or_captures
 
@@ -61,7 +61,7 @@ class OptimizerTap:
             return None
         lr = [value for values, _ in seen for value in values]
         moments = {name: each for _, found in seen for name, each in found.items()}
-        return OptimizerReading(lr, norm_of(moments), gradient_variances(moments, self._layer_of), ratios)
+        return OptimizerReading(lr, gradient_norm(moments), gradient_variances(moments, self._layer_of), ratios)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trimtab.reparam.carried import is_sharded
-
 # torch's float32 norm of 16 million numbers on CPU is off by 6e-4, as it adds them up one by one. Norms of short rows,
 # put together in float64, are good to 1e-7 and no slower.
 _ROW = 1024
@@ -54,7 +52,7 @@ def sums(tensors: Sequence[Tensor]) -> Tensor:
 
 def _added_up(tensor: Tensor) -> Tensor:
     """The tensor, with sums that processes still have to add up (Partial placements) made."""
-    if is_sharded(tensor) and any(place.is_partial() for place in tensor.placements):  # type: ignore[attr-defined]
+    if hasattr(tensor, "device_mesh") and any(place.is_partial() for place in tensor.placements):  # type: ignore[attr-defined]
         from torch.distributed.tensor import Replicate
 
         return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)  # type: ignore[attr-defined]
@@ -64,7 +62,7 @@ def _added_up(tensor: Tensor) -> Tensor:
 def _numbers(tensor: Tensor) -> Tensor:
     """What lies on this process, as a dense real tensor."""
     tensor = tensor.detach()
-    if is_sharded(tensor):
+    if hasattr(tensor, "device_mesh"):
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
@@ -107,7 +105,7 @@ def _by_layout(tensors: Sequence[Tensor]) -> list[tuple[Tensor, list[int]]]:
     """The indices of the sharded tensors, those that are sharded alike together, each with one of them."""
     groups: dict[object, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if is_sharded(tensor):
+        if hasattr(tensor, "device_mesh"):
             groups.setdefault((tensor.device_mesh, tensor.placements), []).append(i)  # type: ignore[attr-defined]
     return [(tensors[members[0]], members) for members in groups.values()]
 
