@@ -1,6 +1,7 @@
-"""Inside the softmax: attention entropy, logit statistics, the lower bound on entropy; low-rank attention."""
+"""Inside the softmax: attention entropy, logit statistics, entropy's lower bound; low-rank and channel attention."""
 
 from trimtab.attention.bound import entropy_lower_bound
+from trimtab.attention.channel import ChannelAttention
 from trimtab.attention.entropy import attention_entropy, attention_stats
 from trimtab.attention.low_rank import LowRankAttention, LowRankLinear
 from trimtab.attention.reference import attention_stats_reference
@@ -10,6 +11,7 @@ from trimtab.attention.varlen import attention_stats_flash, attention_stats_varl
 
 __all__ = [
     "AttentionStats",
+    "ChannelAttention",
     "LowRankAttention",
     "LowRankLinear",
     "SampledEntropy",

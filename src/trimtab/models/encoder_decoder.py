@@ -1,4 +1,4 @@
-"""An encoder-decoder Transformer for translation in one file, made to be read in one sitting.
+"""An encoder-decoder Transformer for translation, made to be read in one sitting; norm, MLP and start are in parts.py.
 
 Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, of any depth, post-LN as there, pre-LN or
 without norms. Query, key, value and output are four plain Linear layers, so that each has a spectral norm of its own.
@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
+from trimtab.models.parts import MLP, Activation, Init, Norm, layer_norm, start_
 
-Norm = Literal["pre", "post", "none"]
-Init = Literal["torch", "normal", "trunc_normal", "xavier"]
 Tied = Literal["all", "decoder", "none"]
-Activation = Literal["relu", "gelu"]
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of all heads, each (B, H, L, E)."""
 
@@ -179,30 +177,16 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, D) -> (B, L, H, E) -> (B, H, L, E)
 
 
-class MLP(nn.Module):
-    """Two layers with an activation between them, (B, L, D) -> (B, L, D)."""
-
-    def __init__(self, config: EncoderDecoderConfig) -> None:
-        super().__init__()
-        self.activation = F.relu if config.activation == "relu" else F.gelu
-        self.up = nn.Linear(config.dim, config.mlp_ratio * config.dim)
-        self.down = nn.Linear(config.mlp_ratio * config.dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token by itself; x and the result are (B, L, D)."""
-        return self.down(self.activation(self.up(x)))
-
-
 class EncoderBlock(nn.Module):
     """Attention, then MLP, each with a residual connection and its norm where the config puts it."""
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
         self.post_norm = config.norm == "post"
-        self.attention_norm = _norm(config)
+        self.attention_norm = layer_norm(config.norm, config.dim)
         self.attention = Attention(config)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp_norm = layer_norm(config.norm, config.dim)
+        self.mlp = MLP(config.dim, config.mlp_ratio * config.dim, config.activation)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -222,7 +206,7 @@ class DecoderBlock(EncoderBlock):
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__(config)
-        self.cross_attention_norm = _norm(config)
+        self.cross_attention_norm = layer_norm(config.norm, config.dim)
         self.cross_attention = Attention(config)
 
     def forward(  # type: ignore[override]  # it shares the encoder block's parts, and is never called as one
@@ -273,11 +257,13 @@ class EncoderDecoder(nn.Module):
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_depth))
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_depth))
         # after post-norm blocks the tokens are normalised already
-        self.encoder_norm = _norm(config) if config.norm == "pre" else nn.Identity()
-        self.decoder_norm = _norm(config) if config.norm == "pre" else nn.Identity()
+        self.encoder_norm = layer_norm(config.norm, config.dim) if config.norm == "pre" else nn.Identity()
+        self.decoder_norm = layer_norm(config.norm, config.dim) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.dim, config.target_vocab, bias=False)
         for module in self.modules():
-            _init_weights(module, config)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=config.embedding_std or config.dim**-0.5)
+            start_(module, config.init, config.init_std)
         if config.tied != "none":
             self.head.weight = self.target_embedding.weight
 
@@ -331,23 +317,3 @@ def sinusoids(begin: int, end: int, dim: int, device: torch.device | None = None
     frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10_000.0) / dim))
     angle = position[:, None] * frequency  # (positions, dim / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
-
-def _norm(config: EncoderDecoderConfig) -> nn.Module:
-    return nn.Identity() if config.norm == "none" else nn.LayerNorm(config.dim)
-
-
-def _init_weights(module: nn.Module, config: EncoderDecoderConfig) -> None:
-    if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=config.embedding_std or config.dim**-0.5)
-    if config.init == "torch" or not isinstance(module, nn.Linear):
-        return
-    if config.init == "normal":
-        nn.init.normal_(module.weight, std=config.init_std)
-    elif config.init == "trunc_normal":
-        cut = 2 * config.init_std
-        nn.init.trunc_normal_(module.weight, std=config.init_std, a=-cut, b=cut)
-    else:
-        nn.init.xavier_uniform_(module.weight)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""A decoder-only Transformer for text in one file, made to be read in one sitting.
+"""A decoder-only Transformer for text, made to be read in one sitting; norm, MLP and start of weights are in parts.py.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), 2019, with learned positions or rotary
 ones (Su et al., arXiv 2104.09864). Query, key, value and output are four plain Linear layers, so that each has a
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
+from trimtab.models.parts import MLP, Init, Norm, layer_norm, start_
 
-Norm = Literal["pre", "post", "none"]
 Positions = Literal["learned", "rotary"]
-Init = Literal["torch", "normal", "trunc_normal", "xavier"]
 Cache = list[list[Tensor]]
 """For each block nothing, or the keys and the values of all tokens so far, both (B, H, S, E)."""
 
@@ -133,29 +132,16 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, T, E) -> (B, T, H, E) -> (B, T, D)
 
 
-class MLP(nn.Module):
-    """Two layers with a GELU between them, (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.mlp_ratio * config.dim)
-        self.down = nn.Linear(config.mlp_ratio * config.dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token by itself; x and the result are (B, T, D)."""
-        return self.down(F.gelu(self.up(x)))
-
-
 class Block(nn.Module):
     """Attention, then MLP, each with a residual connection and its norm where the config puts it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.post_norm = config.norm == "post"
-        self.attention_norm = _norm(config)
+        self.attention_norm = layer_norm(config.norm, config.dim)
         self.attention = Attention(config)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp_norm = layer_norm(config.norm, config.dim)
+        self.mlp = MLP(config.dim, config.mlp_ratio * config.dim)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: list[Tensor] | None = None) -> Tensor:
@@ -187,10 +173,11 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         # after post-norm blocks the tokens are normalised already
-        self.norm = _norm(config) if config.norm == "pre" else nn.Identity()
+        self.norm = layer_norm(config.norm, config.dim) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         for name, module in self.named_modules():
-            _init_weights(module, config, config.residual_gain if name.endswith(("attention.out", "mlp.down")) else 1.0)
+            adds = name.endswith(("attention.out", "mlp.down"))
+            start_(module, config.init, config.init_std, config.residual_gain if adds else 1.0)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if self.position is not None:
             nn.init.normal_(self.position, std=config.position_std)
@@ -248,23 +235,3 @@ def rotate(x: Tensor, start: int = 0) -> Tensor:
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _norm(config: GPTConfig) -> nn.Module:
-    return nn.Identity() if config.norm == "none" else nn.LayerNorm(config.dim)
-
-
-def _init_weights(module: nn.Module, config: GPTConfig, gain: float) -> None:
-    if not isinstance(module, nn.Linear):
-        return
-    if config.init == "normal":
-        nn.init.normal_(module.weight, std=config.init_std)
-    elif config.init == "trunc_normal":
-        cut = 2 * config.init_std
-        nn.init.trunc_normal_(module.weight, std=config.init_std, a=-cut, b=cut)
-    elif config.init == "xavier":
-        nn.init.xavier_uniform_(module.weight)
-    if module.bias is not None and config.init != "torch":
-        nn.init.zeros_(module.bias)
-    with torch.no_grad():
-        module.weight.mul_(gain)

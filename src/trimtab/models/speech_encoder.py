@@ -1,9 +1,9 @@
-"""A speech encoder in one file, made to be read in one sitting: features of audio in, logits for CTC out.
+"""A speech encoder, made to be read in one sitting: features of audio in, logits for CTC out.
 
 The model that Zhai et al. (ICML 2023, arXiv 2303.06296) train on LibriSpeech: one strided convolution with a gated
 linear unit, continuous augmented sinusoidal positions, and Transformer blocks (Vaswani et al., arXiv 1706.03762) with
 ReLU and layer-drop. Query, key, value and output are four plain Linear layers, so that each has a spectral norm of its
-own.
+own. Norm, MLP and start of weights are in parts.py.
 
 Utterances of a batch are padded to the longest. What is padded is hidden from what is not: the logits of an utterance
 are the same alone and in a batch.
@@ -13,16 +13,14 @@ attention), F features of a frame, D features of the model, H heads, E = D / H f
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
-
-Norm = Literal["pre", "post", "none"]
-Init = Literal["torch", "normal", "trunc_normal", "xavier"]
+from trimtab.models.parts import MLP, Init, Norm, layer_norm, start_
 
 
 @dataclass(frozen=True)
@@ -159,19 +157,6 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, L, E) -> (B, L, H, E) -> (B, L, D)
 
 
-class MLP(nn.Module):
-    """Two layers with a ReLU between them, (B, L, D) -> (B, L, D)."""
-
-    def __init__(self, config: SpeechEncoderConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.mlp_dim, bias=config.bias)
-        self.down = nn.Linear(config.mlp_dim, config.dim, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each frame by itself; x and the result are (B, L, D)."""
-        return self.down(F.relu(self.up(x)))
-
-
 class Block(nn.Module):
     """Attention, then MLP, each with a residual connection and its norm where the config puts it.
 
@@ -184,10 +169,10 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = config.norm == "post"
         self.layer_drop = config.layer_drop
-        self.attention_norm = _norm(config)
+        self.attention_norm = layer_norm(config.norm, config.dim)
         self.attention = Attention(config)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp_norm = layer_norm(config.norm, config.dim)
+        self.mlp = MLP(config.dim, config.mlp_dim, "relu", config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
@@ -222,10 +207,10 @@ class SpeechEncoder(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         # after post-norm blocks the frames are normalised already
-        self.norm = _norm(config) if config.norm == "pre" else nn.Identity()
+        self.norm = layer_norm(config.norm, config.dim) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.dim, config.num_labels)
         for module in self.modules():
-            _init_weights(module, config)
+            start_(module, config.init, config.init_std)
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encode utterances.
@@ -264,21 +249,3 @@ def _within(lengths: Tensor, longest: int) -> Tensor:
 
 def _uniform(like: Tensor, largest: float) -> Tensor:
     return (2 * torch.rand_like(like) - 1) * largest
-
-
-def _norm(config: SpeechEncoderConfig) -> nn.Module:
-    return nn.Identity() if config.norm == "none" else nn.LayerNorm(config.dim)
-
-
-def _init_weights(module: nn.Module, config: SpeechEncoderConfig) -> None:
-    if config.init == "torch" or not isinstance(module, nn.Linear | nn.Conv1d):
-        return
-    if config.init == "normal":
-        nn.init.normal_(module.weight, std=config.init_std)
-    elif config.init == "trunc_normal":
-        cut = 2 * config.init_std
-        nn.init.trunc_normal_(module.weight, std=config.init_std, a=-cut, b=cut)
-    else:
-        nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: frames of a kernel count as inputs
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

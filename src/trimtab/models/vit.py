@@ -1,4 +1,4 @@
-"""A Vision Transformer in one file, made to be read in one sitting.
+"""A Vision Transformer, made to be read in one sitting; norm, MLP and start of weights are in parts.py.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929, with the mean over patches or a
 class token, and the stochastic depth of DeiT (Touvron et al., ICML 2021, arXiv 2012.12877).
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from trimtab.errors import RecipeError
 from trimtab.models.drop_path import DropPath
+from trimtab.models.parts import MLP, Init, Norm, layer_norm, start_
 
-Norm = Literal["pre", "post", "none"]
-Init = Literal["torch", "normal", "trunc_normal", "xavier"]
 Pool = Literal["mean", "cls"]
 Size = Literal["Ti", "S", "B", "L", "H"]
 
@@ -167,29 +166,16 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B, H, T, E) -> (B, T, H, E) -> (B, T, D)
 
 
-class MLP(nn.Module):
-    """Two layers with a GELU between them, (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.mlp_ratio * config.dim)
-        self.down = nn.Linear(config.mlp_ratio * config.dim, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token by itself; x and the result are (B, T, D)."""
-        return self.down(F.gelu(self.up(x)))
-
-
 class Block(nn.Module):
     """Attention, then MLP, each with a residual connection and its norm where the config puts it."""
 
     def __init__(self, config: ViTConfig, drop_path: float) -> None:
         super().__init__()
         self.post_norm = config.norm == "post"
-        self.attention_norm = _norm(config)
+        self.attention_norm = layer_norm(config.norm, config.dim)
         self.attention = Attention(config)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp_norm = layer_norm(config.norm, config.dim)
+        self.mlp = MLP(config.dim, config.mlp_ratio * config.dim)
         self.drop = nn.Sequential(nn.Dropout(config.dropout), DropPath(drop_path))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,13 +204,13 @@ class ViT(nn.Module):
         rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         # after post-norm blocks the tokens are normalised already
-        self.norm = _norm(config) if config.norm == "pre" else nn.Identity()
+        self.norm = layer_norm(config.norm, config.dim) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
         nn.init.normal_(self.position, std=config.position_std)
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=config.position_std)
         for module in self.modules():
-            _init_weights(module, config)
+            start_(module, config.init, config.init_std)
         with torch.no_grad():
             self.patches.weight.mul_(config.patch_gain)
 
@@ -260,21 +246,3 @@ class ViT(nn.Module):
             x = block(x)
         x = self.norm(x)
         return x[:, 0] if self.class_token is not None else x.mean(dim=1)  # (B, T, D) -> (B, D)
-
-
-def _norm(config: ViTConfig) -> nn.Module:
-    return nn.Identity() if config.norm == "none" else nn.LayerNorm(config.dim)
-
-
-def _init_weights(module: nn.Module, config: ViTConfig) -> None:
-    if config.init == "torch" or not isinstance(module, nn.Linear | nn.Conv2d):
-        return
-    if config.init == "normal":
-        nn.init.normal_(module.weight, std=config.init_std)
-    elif config.init == "trunc_normal":
-        cut = 2 * config.init_std
-        nn.init.trunc_normal_(module.weight, std=config.init_std, a=-cut, b=cut)
-    else:
-        nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: patches count as inputs, as in a Linear
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
