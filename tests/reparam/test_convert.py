@@ -242,3 +242,16 @@ def test_sigma_after_conversion_is_the_spectral_norm(shape: tuple[int, int], ran
     sigma, gamma = sigma_gamma(tt.reparametrize_(layer))["weight"]
     assert sigma.item() == pytest.approx(expected, rel=1e-4)
     assert gamma.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_effective_weight_reads_the_tensors_of_a_functional_call() -> None:
+    class Reader(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self) -> torch.Tensor:
+            return tt.effective_weight(self.layer)
+
+    reader, weight = Reader(), torch.eye(3)
+    assert torch.func.functional_call(reader, {"layer.weight": weight}, ()) is weight

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from trimtab.attention.channel import ChannelAttention, Form
 from trimtab.models.forecast_model import ForecastModel
+from trimtab.reparam import effective_weight
 from trimtab.reparam.carried import is_sharded
 from trimtab.reparam.classes import plain_class_of
-from trimtab.reparam.layers import Reparametrized
 
 
 class SAMformer(ForecastModel):
@@ -59,11 +59,11 @@ class SAMformer(ForecastModel):
         if not self._multiplies_first(len(x)):
             forecast: Tensor = head(x + self.attention(x))
             return forecast
-        head_weight = _weight_in_use(head)  # (H, L)
+        head_weight = effective_weight(head)  # (H, L)
         # Through the attention's own forward, where a soft cap and whoever watches find it. The value's bias goes with
         # the values, as it does one after the other.
         bias = None if value.bias is None else F.linear(value.bias, head_weight)
-        values = F.linear(x, head_weight @ _weight_in_use(value), bias)  # (B, C, H)
+        values = F.linear(x, head_weight @ effective_weight(value), bias)  # (B, C, H)
         return self.attention(x, values) + F.linear(x, head_weight, head.bias)
 
     def _multiplies_first(self, batch: int) -> bool:
@@ -90,7 +90,3 @@ def _is_only_a_weight(layer: nn.Module) -> bool:
     hooks = [hook for kind in kinds for hook in kind.values()]
     return all(getattr(hook, "only_looks", False) for hook in hooks) and not is_sharded(layer.weight)
 
-
-def _weight_in_use(layer: nn.Linear) -> Tensor:
-    """As `trimtab.effective_weight`, which wants parameters, and so none of `torch.func.functional_call`'s tensors."""
-    return layer.scaled("weight") if isinstance(layer, Reparametrized) else layer.weight

@@ -216,7 +216,8 @@ def effective_weight(module: nn.Module, name: str | None = None) -> Tensor:
         raise ValueError(f"{type(module).__name__} has no weight {chosen!r}; it has {weights}")
     if isinstance(module, Reparametrized) and chosen in carried:
         return module.scaled(chosen)
-    return module.get_parameter(chosen)
+    weight: Tensor = getattr(module, chosen)  # under `torch.func.functional_call` no Parameter
+    return weight
 
 
 def _is_fsdp(model: nn.Module) -> bool:
