@@ -13,6 +13,7 @@ from typing import Any
 
 from trimtab.errors import RecipeError
 from trimtab.tasks.contrast.recipes import CONTRAST_RECIPES
+from trimtab.tasks.forecasting.recipes import FORECASTING_RECIPES
 from trimtab.tasks.images.imagenet_recipes import IMAGENET_RECIPES
 from trimtab.tasks.images.recipes import (
     vit_cifar10,
@@ -47,6 +48,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     **LANGUAGE_RECIPES,
     **TRANSLATION_RECIPES,
     **SPEECH_RECIPES,
+    **FORECASTING_RECIPES,
 }
 """Name to the function that returns the recipe; the first line of its docstring tells what it is."""
 

@@ -264,6 +264,10 @@ DATA_SETS: dict[str, DataSet] = {each.name: each for each in _ALL}
 
 
 _ELSEWHERE = {
+    **{
+        name: f"has no address here: put its file into the data folder as timeseries/{name}.csv or .csv.gz"
+        for name in ("electricity", "traffic")
+    },
     "digits": "is in the package: there is nothing to get or check",
     "fake-imagenet": "is made up as it is needed: there is nothing to get or check",
     "imagenet": "is given out by image-net.org only, after you agree to its terms: put its images into the data folder "

@@ -1,0 +1,123 @@
+"""A series in parts: what a model is trained, chosen and tested on, scaled by the first."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from trimtab.errors import DataError
+from trimtab.tasks.forecasting.series import Series
+from trimtab.tasks.forecasting.splits import Scaler, Split, ends_of, fit_scaler
+from trimtab.tasks.forecasting.windows import windows
+from trimtab.tasks.task import Examples
+
+FILE = "series.json"
+"""What a trained model needs to be used: columns in order, their scale, and how far times are apart."""
+
+_log = logging.getLogger("trimtab")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Examples whose batch is what is seen, (B, C, L), and what comes then, (B, C, H), float32.
+
+    Attributes:
+        channels: C.
+        train: to learn from.
+        validation: what chooses.
+        test: what is measured at the end; None if there is none.
+        season: steps after which values are likely to repeat; None if that is not known.
+        facts: about the series, for run.json.
+        files: for the run folder.
+    """
+
+    channels: int
+    train: Examples
+    validation: Examples
+    test: Examples | None
+    season: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def parts_of(series: Series, lookback: int, horizon: int, split: Split) -> Parts:
+    """Part a series as published work does.
+
+    Each column is scaled by its mean and deviation over the training steps, windows begin at every step, and what is
+    seen before the first steps of validation and test lies in the part before.
+
+    Args:
+        series: without missing values.
+        lookback: steps L that the model sees.
+        horizon: steps H that it forecasts.
+        split: of the steps.
+
+    Raises:
+        DataError: the series is shorter than the split, or a part is too short for a window.
+        RecipeError: it is no split.
+    """
+    train, validation, test = ends_of(series.num_steps, split)
+    scaler = fit_scaler(series.values[:, :train])
+    needed = {
+        "training": (train, lookback + horizon, "look-back + horizon"),
+        "validation": (validation - train, horizon, "horizon"),
+        "test": (test - validation, horizon, "horizon"),
+    }
+    for part, (steps, least, what) in needed.items():
+        if steps < least and (part != "test" or steps):
+            raise DataError(
+                f"the {part} part of {series.name} has {steps:,} of its {series.num_steps:,} steps, fewer than {what}, "
+                f"{least:,}: take a longer series, another --split, or a smaller --model.lookback or --model.horizon"
+            )
+    values = torch.from_numpy(scaler.scale(series.values[:, :test])).float()
+    made = {
+        "train": windows(values, lookback, train, lookback, horizon),
+        "validation": windows(values, train, validation, lookback, horizon),
+        "test": windows(values, validation, test, lookback, horizon) if test > validation else None,
+    }
+    facts = _facts(series, scaler, {"train": train, "validation": validation - train, "test": test - validation})
+    facts["windows"] = {part: examples.size for part, examples in made.items() if examples is not None}
+    season = None if series.frequency is None else series.frequency.season()
+    files = {FILE: series_file(series, scaler)}
+    return Parts(series.num_columns, made["train"], made["validation"], made["test"], season, facts, files)  # type: ignore[arg-type]  # only of the test there may be none
+
+
+def series_file(series: Series, scaler: Scaler) -> str:
+    """The content of the file `FILE`, JSON."""
+    content = {
+        "columns": series.columns,
+        "mean": scaler.mean.tolist(),
+        "sd": scaler.sd.tolist(),
+        "frequency": None if series.frequency is None else asdict(series.frequency),
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def _facts(series: Series, scaler: Scaler, steps: dict[str, int]) -> dict[str, Any]:
+    constant = [column for column, is_constant in zip(series.columns, scaler.constant, strict=True) if is_constant]
+    found = {
+        "left_out": (list(series.left_out), "hold no numbers to forecast, and are left out"),
+        "constant": (constant, "are constant over the training steps, and scaled by 1"),
+    }
+    for columns, what in found.values():
+        if columns:
+            _warn(f"{series.name}: columns that {what}: {', '.join(columns)}")
+    if series.uneven:
+        _warn(f"{series.name}: {series.uneven:,} steps are longer or shorter than the others, and count like them")
+    return {
+        "columns": list(series.columns),
+        "steps": steps,
+        "frequency": None if series.frequency is None else asdict(series.frequency),
+        "uneven_steps": series.uneven,
+        **{name: columns for name, (columns, _) in found.items()},
+    }
+
+
+def _warn(message: str) -> None:
+    """Tell of what was found in a series; of several processes the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning("%s", message)
