@@ -23,23 +23,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import grids
 import measure
 import numpy as np
 import sharpness_pictures
-import torch
+from hessian_metrics import PRECONDITIONED, RAW, remembered, with_eigenvalues
 from rank_correlation import rank_correlation, with_interval, within
 from torch import nn
 from torch.optim import Optimizer
 
 from trimtab.report.runlog import Floats, number, read_run
 from trimtab.tasks.images import ImagesRecipe, vit_digits, vit_fashion
-from trimtab.tasks.task import Batch, Task
+from trimtab.tasks.task import Task
 from trimtab.train.compare import compare
 from trimtab.train.hardware import Hardware
-from trimtab.watch.signals.sharpness import sharpness
 
 ARMS = {
     "pre-LN": "none",
@@ -48,11 +46,8 @@ ARMS = {
 }
 LRS = {"digits": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "fashion-mnist": (1e-3, 4e-3, 1.6e-2, 6.4e-2)}
 SEEDS = {"digits": 5, "fashion-mnist": 2}
-RAW, PRECONDITIONED = "hessian_eigenvalue", "preconditioned_eigenvalue"
 PAIRS = (("entropy_min", RAW), ("entropy_min", PRECONDITIONED), ("max_logit", RAW), ("max_logit", PRECONDITIONED))
 WITH_LR = ("entropy_min", "max_logit", RAW, PRECONDITIONED)
-
-_optimizers: "WeakKeyDictionary[nn.Module, Optimizer]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +57,10 @@ class Sharp(ImagesRecipe):
     sharpness_batch: int = 128
 
     def task(self) -> Task:
-        task = super().task()
-        order = torch.randperm(task.train.size, generator=torch.Generator().manual_seed(0))
-        batch = task.train.batch(order[: self.sharpness_batch], torch.Generator().manual_seed(0))
-        return replace(task, summarize=lambda *means: task.summarize(*means) | eigenvalues(task, batch))
+        return with_eigenvalues(super().task(), self.sharpness_batch)
 
     def optimizers(self, model: nn.Module) -> list[Optimizer]:
-        found = super().optimizers(model)
-        _optimizers[model] = found[0]
-        return found
-
-
-def eigenvalues(task: Task, batch: Batch) -> dict[str, float]:
-    """The metrics by name. Nothing of them is left in the run: no gradient, random number, or look of its Watch."""
-    task.model.eval()  # Watch counts training forwards
-    try:
-        found = sharpness(
-            lambda: task.loss(task.model, batch),
-            task.model.parameters(),
-            optimizer=_optimizers.get(task.model),
-            model=task.model,
-            iterations=20,
-            tolerance=0.03,
-        )
-    finally:
-        task.model.train()
-    adam = float("nan") if found.preconditioned is None else found.preconditioned  # before the first step
-    return {RAW: found.eigenvalue, PRECONDITIONED: adam}
+        return remembered(model, super().optimizers(model))
 
 
 def recipes(quick: bool) -> dict[str, Sharp]:

@@ -1,0 +1,151 @@
+"""What forecasting.py prints and draws from its results: cells, the whole table, the paper's headlines, a picture."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import measure
+import pictures
+from forecasting_arms import ARMS, HORIZONS, PUBLISHED, SEEDS
+
+SAMFORMER, MIXER = "samformer", "tsmixer"
+Arms = Mapping[str, Any]
+
+
+def errors(arms: Arms, name: str, which: str = "test_mse") -> dict[int, float]:
+    """Of an arm's runs by seed; infinite for one that failed."""
+    return {each["seed"]: each.get(which) or math.inf for each in arms[name]["runs"]} if name in arms else {}
+
+
+def mean(values: Mapping[int, float]) -> float:
+    return statistics.fmean(values.values())
+
+
+def difference(arms: Arms, name: str) -> tuple[float, float, float] | None:
+    """SAMformer's test MSE less an arm's, paired by seed: mean and 95 % interval."""
+    ours, theirs = errors(arms, SAMFORMER), errors(arms, name)
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return measure.t_interval(pairs) if pairs and all(map(math.isfinite, pairs)) else None
+
+
+def cell_lines(data: str, horizon: int, arms: Arms) -> list[str]:
+    """A line for each arm: published, ours ± sd, MAE, parameters, seconds, setting; SAMformer less it."""
+    lines = [f"{'':13}{'published':>10}{'test MSE ± sd':>17}{'MAE':>8}{'parameters':>12}{'s':>6}  SAMformer less it"]
+    for name, arm in arms.items():
+        mse, mae = errors(arms, name), errors(arms, name, "test_mae")
+        known = PUBLISHED[data].get(name)
+        sd = statistics.stdev(mse.values()) if len(mse) > 1 else 0.0
+        told = difference(arms, name) if name != SAMFORMER else None
+        less = "" if told is None else f"{told[0]:+.4f} ({told[1]:+.4f} to {told[2]:+.4f})"
+        runs = arm["runs"]
+        setting = " ".join(f"{key}={value}" for key, value in arm["setting"].items())
+        lines.append(
+            f"{name:13}{'' if known is None else f'{known[HORIZONS.index(horizon)]:.3f}':>10}"
+            f"{f'{mean(mse):.4f} ± {sd:.4f}':>17}{mean(mae):>8.4f}{runs[0].get('parameters', 0):>12,}"
+            f"{statistics.median(each.get('seconds', math.nan) for each in runs):>6.0f}  {less:32} {setting}"
+        )
+    return lines
+
+
+def results() -> dict[str, dict[int, Arms]]:
+    """Of every data set that has been run: horizon to arms."""
+    found = {}
+    for data in SEEDS:
+        path = measure.RESULTS / f"forecasting_{data}.json"
+        if path.exists():
+            cells = json.loads(path.read_text(encoding="utf8"))["cells"]
+            found[data] = {int(horizon): arms for horizon, arms in cells.items()}
+    return found
+
+
+def beats(arms: Arms, names: Sequence[str]) -> bool:
+    """Whether SAMformer's mean test MSE is below that of all these arms."""
+    return all(mean(errors(arms, SAMFORMER)) < mean(errors(arms, name)) for name in names if name in arms)
+
+
+def gain(pairs: Iterable[tuple[float, float]]) -> float:
+    """One less the sum of the first over that of the second, as the published improvement is reckoned."""
+    first, second = zip(*pairs, strict=True)
+    return 1 - sum(first) / sum(second)
+
+
+def write_table() -> None:
+    """Print all results so far with the headlines, and draw them."""
+    found = results()
+    if not found:
+        print("no results yet: run `python benchmarks/forecasting.py ETTh1 --horizons 96`")
+        return
+    for data, cells in found.items():
+        for horizon, arms in cells.items():
+            print(f"\n{data}, horizon {horizon}")
+            print("\n".join(cell_lines(data, horizon, arms)))
+    print()
+    print("\n".join(headlines(found)))
+    print("written to", draw(found))
+
+
+def headlines(found: Mapping[str, Mapping[int, Arms]]) -> list[str]:
+    """How many cells reach the published ones and beat our own baselines, and the paper's two figures from ours."""
+    cells = [(data, horizon, arms) for data, each in found.items() for horizon, arms in each.items()]
+    cells = [each for each in cells if SAMFORMER in each[2]]
+    lines = []
+    reached = [
+        mean(errors(arms, SAMFORMER)) <= PUBLISHED[data][SAMFORMER][HORIZONS.index(horizon)]
+        for data, horizon, arms in cells
+    ]
+    lines.append(f"SAMformer at or below its published test MSE: {sum(reached)} of {len(reached)} cells")
+    beaten = [beats(arms, [name for name in ARMS if name != SAMFORMER]) for *_, arms in cells]
+    others = [beats(arms, [name for name in ARMS if name not in (SAMFORMER, "adam")]) for *_, arms in cells]
+    lines.append(
+        f"below the best of our other arms: {sum(beaten)} of {len(beaten)} cells; of those that are other models: "
+        f"{sum(others)}"
+    )
+    both = [(data, HORIZONS.index(horizon), arms) for data, horizon, arms in cells if MIXER in arms]
+    if both:
+        ours = gain((mean(errors(arms, SAMFORMER)), mean(errors(arms, MIXER))) for *_, arms in both)
+        theirs = gain((PUBLISHED[data][SAMFORMER][place], PUBLISHED[data][MIXER][place]) for data, place, _ in both)
+        sizes = [arms[MIXER]["runs"][0]["parameters"] / arms[SAMFORMER]["runs"][0]["parameters"] for *_, arms in both]
+        lines.append(
+            f"improvement over TSMixer: {100 * ours:.2f} %; published: {100 * theirs:.2f} % on the same {len(both)} "
+            "cells, 14.33 % on all 32"
+        )
+        lines.append(
+            f"parameters, TSMixer's over SAMformer's, attention included: {statistics.fmean(sizes):.1f} (about 4)"
+        )
+    return lines
+
+
+def draw(found: Mapping[str, Mapping[int, Arms]]) -> Any:
+    """A panel for each data set: test MSE over that of SAMformer, by horizon, every seed a dot."""
+    figure, grid = pictures.panels(["test MSE over SAMformer's"], list(found), width=2.6, height=2.6)
+    names = [name for name in ARMS if any(name in arms for each in found.values() for arms in each.values())]
+    colours = dict(zip(ARMS, ("#0b6e4f", "#c0392b", "#1f6f8b", "#7fb3c8", "#8e6c3a", "#7d5ba6"), strict=True))
+    entries = {}
+    for ax, (data, cells) in zip(grid[0], found.items(), strict=True):
+        for index, name in enumerate(names):
+            line = _relative(ax, cells, name, colours[name], 0.06 * (index - len(names) / 2))
+            if line is not None:
+                entries[name] = line
+        places = [HORIZONS.index(horizon) for horizon in cells]
+        published = [
+            PUBLISHED[data][SAMFORMER][HORIZONS.index(horizon)] / mean(errors(arms, SAMFORMER))
+            for horizon, arms in cells.items()
+        ]
+        (entries["published SAMformer"],) = ax.plot(places, published, "_", color="black", markersize=14)
+        ax.set_xticks(range(len(HORIZONS)), list(map(str, HORIZONS)))
+        ax.set_xlabel("horizon", fontsize=7.5)
+    pictures.legend(figure, entries)
+    return pictures.save(figure, "forecasting")
+
+
+def _relative(ax: Any, cells: Mapping[int, Arms], name: str, colour: str, shift: float) -> Any:
+    line = None
+    for horizon, arms in cells.items():
+        if name in arms and SAMFORMER in arms:
+            base = mean(errors(arms, SAMFORMER))
+            values: Sequence[float] = [value / base for value in errors(arms, name).values()]
+            places = [HORIZONS.index(horizon) + shift] * len(values)
+            (line,) = ax.plot(places, values, "o", color=colour, markersize=3, alpha=0.6)
+    return line
