@@ -48,14 +48,16 @@ from trimtab.train.hardware import Hardware
 from trimtab.train.trained import load_trained, open_trained
 
 Setting = dict[str, Any]
-LRS = [{"lr": lr} for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
-RADII = [{"lr": lr, "rho": rho} for lr in (1e-3, 3e-3) for rho in (0.3, 0.7)]
+LRS = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
+HIGHER = [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)]  # gammas are all that moves the norm of a weight
+RADII = [{"lr": lr, "rho": rho} for lr in (3e-3, 1e-2) for rho in (0.3, 0.7)]
+HIGHER_RADII = [{"lr": lr, "rho": rho} for lr in (3e-2, 1e-1) for rho in (0.3, 0.7)]
 ARMS: dict[str, tuple[str, bool, list[Setting]]] = {
     "transformer": ("none", False, LRS),
     "frozen": ("none", True, LRS),
-    "sigma": ("sigma", False, LRS),
+    "sigma": ("sigma", False, HIGHER),
     "sam": ("sam:rho={rho}", False, RADII),
-    "sam, sigma": ("sam:rho={rho}+sigma", False, RADII),
+    "sam, sigma": ("sam:rho={rho}+sigma", False, HIGHER_RADII),
 }
 """Name: the stabilizer, whether the attention is frozen, and the settings to be tuned over."""
 
