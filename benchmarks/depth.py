@@ -2,14 +2,17 @@
 
     python benchmarks/depth.py --depths 6,18     # the smallest useful table
     python benchmarks/depth.py                   # 6, 18, 50 and 100 blocks in encoder and decoder each
-    python benchmarks/depth.py --optimizer sgd --depths 6,18
+    python benchmarks/depth.py --optimizer sgd --depths 6,18     # no adaptive optimiser: a table of its own
+    python benchmarks/depth.py --optimizer lars --depths 6,18    # likewise, by LARS
+    python benchmarks/depth.py --steps 1200 --depths 18          # other lengths are tables of their own, too
     python benchmarks/depth.py --bleu 18         # each arm at its best learning rate of the table, to a real BLEU
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
 
-On two idle cores a seed takes about 4, 10, 25 and 55 minutes at these depths (from single steps, on a busy machine).
+On two idle cores a seed takes about 4, 10, 30 and 60 minutes at these depths, four times as long with SGD and twice as
+long with LARS (from the CPU time of short runs on a busy machine, the 100 blocks by their number).
 
-English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500) of at most 1,024
-tokens, constant learning rate, no warmup, no dropout. The arms differ in nothing but:
+English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500; LARS: 600) of at
+most 1,024 tokens, constant learning rate, no warmup, no dropout. The arms differ in nothing but:
 
   post-LN     Vaswani et al.'s, Glorot's start
   pre-LN      the norms before the branches, one after the last block
@@ -17,14 +20,17 @@ tokens, constant learning rate, no warmup, no dropout. The arms differ in nothin
   sigma       post-LN, sigma-Reparam with gamma 1 (Zhai et al., arXiv 2303.06296)
   init-scale  the control: post-LN whose weights merely start at W / sigma(W)
 
-All have the same learning rates, each with all seeds; with SGD (momentum 0.9) gradients are clipped at norm 1. A run
-trained if its loss on the validation set, in nats a token, ends at least 0.1 below that of a model that knows only how
-often each token occurs.
+All have the same learning rates, each with all seeds. With SGD and LARS (momentum 0.9) gradients are clipped at norm 1;
+LARS moves each weight by a tenth of the learning rate times its norm, gammas and biases as SGD does. A run trained if
+its loss on the validation set, in nats a token, ends at least 0.1 below that of a model that knows only how often each
+token occurs.
 
 Prints for each depth and arm the share of runs that trained, and at its best learning rate the loss, the lowest entropy
 of a head over all logged steps (0-1), and how many times larger the gradients of its last encoder block are than those
-of its first (standard deviation of the entries, first step). Killed, it goes on. Writes results/depth.json, or
-depth_sgd.json, which has entropy and gradients by layer, and a picture. --bleu writes results/depth_bleu.json.
+of its first (standard deviation of the entries, first step). Then for each depth the learning rates at which sigma
+trains and post-LN does not, and at which of these the control does not, either. Killed, it goes on. Writes
+results/depth.json, depth_sgd.json or depth_lars.json, which has entropy and gradients by layer, and a picture. --bleu
+writes results/depth_bleu.json.
 """
 
 import json
@@ -38,11 +44,9 @@ from typing import Any
 import grids
 import measure
 import numpy as np
-import pictures
-from matplotlib.figure import Figure
+from depth_picture import draw
 
 from trimtab.models.encoder_decoder import EncoderDecoderConfig
-from trimtab.report.looks import looks
 from trimtab.report.runlog import read_run
 from trimtab.tasks.text.tokens import END
 from trimtab.tasks.translation import TranslationRecipe
@@ -52,8 +56,12 @@ from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.hardware import Hardware
 
-LRS = {"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.1, 0.3, 1.0, 3.0)}
-STEPS = {"adam": 300, "sgd": 1500}
+LRS = {
+    "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "sgd": (0.1, 0.3, 1.0, 3.0),
+    "lars": (0.003, 0.01, 0.03, 0.1, 0.3),  # of gammas and biases; the weights move by a tenth of it of their norm
+}
+STEPS = {"adam": 300, "sgd": 1500, "lars": 600}
 VOCABULARY = 2000
 MARGIN = 0.1  # nats a token below the unigram model's loss
 
@@ -75,7 +83,8 @@ def arms(depth: int, optimizer: str, steps: int) -> dict[str, TranslationRecipe]
         max_length=50,
         decode="never",
         optimizer=optimizer,  # type: ignore[arg-type]
-        clip=1.0 if optimizer == "sgd" else None,
+        clip=None if optimizer == "adam" else 1.0,
+        trust_coefficient=0.1 if optimizer == "lars" else 1e-3,
         betas=(0.9, 0.98),
         steps=steps,
         batch_tokens=1024,
@@ -98,14 +107,15 @@ def main() -> None:
     parser.add_argument("--depths", default="6,18,50,100", help="blocks of the encoder, and of the decoder")
     parser.add_argument("--optimizer", choices=LRS, default="adam")
     parser.add_argument("--bleu", type=int, metavar="DEPTH", help="train the arms of this depth on, to a BLEU")
-    parser.add_argument("--steps", type=int, help="300 by default, SGD 1,500, with --bleu 3,000")
+    parser.add_argument("--steps", type=int, help="300 by default, SGD 1,500, LARS 600, with --bleu 3,000")
     arguments = parser.parse_args()
     if arguments.bleu:
         to_bleu(arguments)
         return
     optimizer = arguments.optimizer
-    name, folder = grids.place("depth" if optimizer == "adam" else f"depth_{optimizer}", arguments)
     steps = 4 if arguments.quick else arguments.steps or STEPS[optimizer]
+    own = f"_{steps}_steps" if arguments.steps and steps != STEPS[optimizer] else ""
+    name, folder = grids.place("depth" + f"_{optimizer}" * (optimizer != "adam") + own, arguments)
     depths = (2, 3) if arguments.quick else tuple(map(int, arguments.depths.split(",")))
     seeds = range(1 if arguments.quick else arguments.seeds)
     unigram = unigram_loss()
@@ -120,6 +130,7 @@ def main() -> None:
         path = measure.write(name, results)
         draw(results, name)
         show(results["table"], unigram)
+        print("\n".join(verdict(results["table"])))
         print(f"written to {path} and {path.with_suffix('.png').name}\n", flush=True)
 
 
@@ -233,56 +244,26 @@ def show(table: Sequence[dict[str, Any]], unigram: float) -> None:
         )
 
 
-def draw(results: dict[str, Any], name: str) -> None:
-    """Loss over learning rate, and at the best one gradients and entropies by layer; a column for each depth."""
-    runs, unigram = results["runs"], results["unigram_loss"]
-    groups = list(dict.fromkeys((run["optimizer"], run["depth"]) for run in runs))
-    titles = [f"{optimizer}, {depth} + {depth} blocks" for optimizer, depth in groups]
-    rows = ["loss, nats a token", "gradient at step 1", "lowest entropy at the end"]
-    figure = Figure(figsize=(2.4 * len(titles) + 0.6, 5.8), dpi=150, layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), sharey="row", squeeze=False)  # what is below differs by row
-    for across, title in zip(axes, rows, strict=True):
-        across[0].set_ylabel(title, fontsize=8, color=pictures.INK)
-    for top, title in zip(axes[0], titles, strict=True):
-        top.set_title(title, fontsize=8.5, color=pictures.INK)
-    for ax in axes.flat:
-        pictures.dress(ax)
-    names = list(dict.fromkeys(run["arm"] for run in runs))
-    colors = {arm: look.color for arm, look in looks(names).items()}
-    entries: dict[str, object] = {}
-    for column, group in enumerate(groups):
-        ours = [run for run in runs if (run["optimizer"], run["depth"]) == group]
-        lrs = sorted({run["lr"] for run in ours})
-        axes[0][column].axhline(unigram, color=pictures.INK, linestyle=":", linewidth=0.8)
-        for arm in names:
-            cells = [[run["loss"] for run in ours if (run["arm"], run["lr"]) == (arm, lr)] for lr in lrs]
-            medians = [min(statistics.median(cell), unigram + 4) for cell in cells]  # what broke lies at the top
-            style = {"color": colors[arm], "linewidth": 1.2}
-            (entries[arm],) = axes[0][column].plot(lrs, medians, marker="o", markersize=3, **style)
-            best = next(
-                e["best_lr"] for e in results["table"] if (e["optimizer"], e["depth"], e["arm"]) == (*group, arm)
-            )
-            run = next(run for run in ours if (run["arm"], run["lr"]) == (arm, best))
-            stacked(axes[1][column], run["gradient_by_layer"]["first"], run["depth"], style)
-            stacked(axes[2][column], run["entropy_by_layer"], run["depth"], style)
-        axes[0][column].set_xscale("log")
-        axes[0][column].set_xlabel("learning rate", fontsize=7)
-        axes[1][column].set_yscale("log")
-        for below in axes[1:, column]:
-            below.set_xlabel("block: encoder, then decoder", fontsize=7)
-    pictures.legend(figure, entries)
-    pictures.save(figure, name)
-
-
-def stacked(ax: Any, values: dict[str, float], depth: int, style: dict[str, Any]) -> None:
-    """Values of blocks, the encoder's first, then the decoder's; the lowest of what a block has."""
-    found = [
-        min((value for name, value in values.items() if f"{name}.".startswith(f"{side}.{block}.")), default=math.nan)
-        for side in ("encoder", "decoder")
-        for block in range(depth)
-    ]
-    ax.plot(range(1, 2 * depth + 1), found, **style)
-    ax.axvline(depth + 0.5, color=pictures.FAINT, linewidth=0.8)
+def verdict(table: Sequence[dict[str, Any]]) -> list[str]:
+    """For each depth: where sigma rescues post-LN, and where the start of the weights alone does so, too."""
+    lines = []
+    for optimizer, depth in dict.fromkeys((each["optimizer"], each["depth"]) for each in table):
+        ours = {each["arm"]: each for each in table if (each["optimizer"], each["depth"]) == (optimizer, depth)}
+        trains = {arm: {lr for lr, share in each["trained_by_lr"].items() if share > 0.5} for arm, each in ours.items()}
+        rescued = sorted(trains["sigma"] - trains["post-LN"])
+        beyond = [lr for lr in rescued if lr not in trains["init-scale"]]
+        if rescued:
+            tried = len(ours["sigma"]["trained_by_lr"])
+            where = f"at {len(rescued)} of {tried} learning rates sigma trains and post-LN does not; "
+            where += f"of these the start alone does not explain {', '.join(f'{lr:g}' for lr in beyond) or 'any'}"
+        elif trains["sigma"]:
+            where = "sigma trains nowhere that post-LN does not"
+        else:
+            where = "sigma does not train"
+        lowest = min(ours.values(), key=lambda each: each["loss"])
+        best = f"lowest loss: {lowest['arm']}, {lowest['loss']:.2f}" if math.isfinite(lowest["loss"]) else "all broke"
+        lines.append(f"{optimizer} {depth}+{depth}: {where}; {best}")
+    return lines
 
 
 def to_bleu(arguments: Any) -> None:
@@ -290,6 +271,8 @@ def to_bleu(arguments: Any) -> None:
     depth, steps = arguments.bleu, 20 if arguments.quick else arguments.steps or 3000
     table = json.loads((measure.RESULTS / f"depth{'_quick' * arguments.quick}.json").read_text("utf8"))["table"]
     best = {e["arm"]: e["best_lr"] for e in table if e["depth"] == depth}
+    if not best:
+        raise SystemExit(f"the table has no depth of {depth}: python benchmarks/depth.py --depths {depth} comes first")
     name, folder = grids.place("depth_bleu", arguments)
     found = []
     for arm, recipe in arms(depth, "adam", steps).items():

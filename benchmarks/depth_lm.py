@@ -29,21 +29,21 @@ norm, and over all learning rates the share of runs that diverged or ended no be
                      largest, the share of runs in which the block that grew most over its own median lies in the
                      shallowest quarter (a quarter, if depth played no part)
 
-Writes results/depth_lm.json with every run, and a picture.
+Then, for each depth, whether the growth is exponential (in the second half at least three quarters as fast as in the
+first), and which arms have a perplexity below or above vanilla's with all seeds. Writes results/depth_lm.json with
+every run, and a picture.
 """
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import grids
 import measure
 import numpy as np
-import pictures
-from matplotlib import colormaps
+from depth_lm_picture import draw
 
 from trimtab.models.gpt import GPTConfig
 from trimtab.report.runlog import Floats, Run, number, read_run
@@ -53,6 +53,8 @@ from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.hardware import Hardware
 
+EVEN = 0.75  # growth that keeps at least this share of its rate in the second half of the layers is exponential
+ONE = " (one seed)"
 WIDTHS = {12: 96, 24: 68, 48: 48, 96: 34}
 LRS = (1e-3, 3e-3, 1e-2)
 STABILIZERS = {
@@ -132,6 +134,7 @@ def main() -> None:
         for depth in widths
     }
     show(table)
+    print("\n" + "\n".join(verdict(table)))
     results = {
         "settings": {"widths": widths, "lr": lrs, "seeds": list(seeds), "arms": STABILIZERS},
         "table": table,
@@ -244,41 +247,41 @@ def _median(values: Sequence[float]) -> float:
 
 
 def show(table: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{'':24}{'best lr':>8}{'perplexity':>24}{'failed':>7}{'mu TEV':>8}{'sigma':>7}{'max grad':>9}", end="")
+    print(f"\n{'':24}{'best lr':>8}{'perplexity':>28}{'failed':>7}{'mu TEV':>8}{'sigma':>7}{'max grad':>9}", end="")
     print(f"{'growth, start':>17}{'growth, end':>17}{'shallow/deep':>13}{'shallow first':>14}")
     for depth, arms in table.items():
         for arm, each in arms.items():
             perplexity = measure.spread(each["perplexity"]) if each["perplexity"] else "-"
             start, end = ("/".join(f"{value:.1%}" for value in each[name]) for name in ("growth_start", "growth_end"))
             print(
-                f"{depth + ' layers, ' + arm:24}{each['best_lr']:>8g}{perplexity:>24}{each['failed']:>7.0%}"
+                f"{depth + ' layers, ' + arm:24}{each['best_lr']:>8g}{perplexity:>28}{each['failed']:>7.0%}"
                 f"{each['tev'][0]:>8.3f}{each['tev'][1]:>7.3f}{each['grad_norm_max']:>9.2f}{start:>17}{end:>17}"
                 f"{each['shallow_over_deep']:>13.2f}{each['shallow_grows_most']:>14.0%}"
             )
 
 
-def draw(runs: Sequence[dict[str, Any]], table: dict[str, dict[str, Any]], depths: Sequence[int], name: str) -> Path:
-    """By depth and layer, at each arm's best learning rate: output variance at start and end, and gradient variance."""
-    rows = ("output variance, start", "output variance, end", "gradient variance")
-    figure, axes = pictures.panels(rows, [f"{depth} layers" for depth in depths], width=2.4)
-    colours = {arm: colormaps["tab10"](i) for i, arm in enumerate(STABILIZERS)}
-    marks: dict[str, object] = {}
-    for column, depth in enumerate(depths):
-        for arm, colour in colours.items():
-            best = table[str(depth)][arm]["best_lr"]
-            there = [r for r in runs if (r["depth"], r["arm"], r["lr"]) == (depth, arm, best) and not r["failed"]]
-            curves = ([r["output_variance"][0] for r in there], [r["output_variance"][1] for r in there])
-            panels = [line[column] for line in axes]
-            for panel, lines in zip(panels, (*curves, [r["grad_variance"] for r in there]), strict=True):
-                known = [values for values in lines if len(values) == depth]
-                if known:
-                    (marks[arm],) = panel.plot(
-                        range(1, depth + 1), np.median(known, axis=0), color=colour, linewidth=1.2
-                    )
-                panel.set_yscale("log")
-        axes[-1][column].set_xlabel("layer", fontsize=8)
-    pictures.legend(figure, marks)
-    return pictures.save(figure, name)
+def verdict(table: dict[str, dict[str, Any]]) -> list[str]:
+    """For each depth: whether vanilla's variance grows exponentially, and which arms have a lower perplexity."""
+    lines = []
+    for depth, arms in table.items():
+        vanilla = arms["vanilla"]
+        told = []
+        for when in ("start", "end"):
+            first, second = vanilla[f"growth_{when}"]
+            if math.isfinite(first) and math.isfinite(second):
+                kind = "exponential" if first > 0 and second > EVEN * first else "not exponential"
+                told.append(f"{kind} at the {when} ({first:.1%} a layer, then {second:.1%})")
+        if told:
+            lines.append(f"{depth} layers, vanilla's output variance: {', '.join(told)}")
+        for arm, each in arms.items():
+            if arm != "vanilla" and each["perplexity"] and vanilla["perplexity"]:
+                lower = max(each["perplexity"]) < min(vanilla["perplexity"])
+                higher = min(each["perplexity"]) > max(vanilla["perplexity"])
+                how = "below" if lower else "above" if higher else "not told apart from"
+                lines.append(
+                    f"{depth} layers, {arm}: perplexity {how} vanilla's{ONE if len(each['perplexity']) < 2 else ''}"
+                )
+    return lines
 
 
 if __name__ == "__main__":

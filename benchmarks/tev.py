@@ -25,7 +25,8 @@ Spearman's rank correlations with 95 % bootstrap intervals over runs:
 Cost: TEV and the variance over entries, in one process, over a training step and over each other, also at the sizes of
 GPT-2 (50,257 tokens, 768 features, 12 layers), as medians of alternating measurements.
 
-Writes results/tev.json with every run.
+Last, for each pair, whether TEV stands in: whether all of the interval within cells lies above 0.7. Writes
+results/tev.json with every run, and a picture of TEV against the variances.
 """
 
 import itertools
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rank_correlation import rank_correlation, with_interval, within
+from tev_picture import draw
 
 from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.report.runlog import Floats, Run, number, read_run
@@ -52,6 +54,7 @@ from trimtab.watch.signals.gradients import gradient_moments
 
 DEPTHS = (12, 24, 48)
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+STANDS_IN = 0.7  # a rank correlation with all of its interval above this, half of the variance of ranks
 TEV = ("mu", "sigma")
 VARIANCES = ("entries, blocks", "entries, shallow", "entries, embedding", "batches")
 
@@ -80,8 +83,10 @@ def main() -> None:
     table = correlations(runs, series)
     cost = costs(quick=arguments.quick)
     show(table, cost)
+    print("\n".join(verdict(table, cost)))
     results = {"settings": {"widths": widths, "lr": lrs, "seeds": list(seeds)}, "correlations": table, "cost": cost}
-    print(f"\nwritten to {measure.write(name, {**results, 'runs': runs})}")
+    path = measure.write(name, {**results, "runs": runs})
+    print(f"\nwritten to {path} and {draw(runs, name).name}")
 
 
 def curves(run: Run) -> dict[str, Floats]:
@@ -213,6 +218,25 @@ def show(table: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]]) ->
         print(f"{name:30}{each['runs']:>5}" + "".join(f"{text:>26}" for text in told))
     for name, ratios in cost.items():
         print(f"cost, {name}: " + ", ".join(f"{what} {ratio:.3f}" for what, ratio in ratios.items()))
+
+
+def verdict(table: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]]) -> list[str]:
+    """Whether TEV stands in for each variance: among runs of one learning rate and depth, with its interval."""
+    lines = []
+    for tev, variance in itertools.product(TEV, VARIANCES):
+        rho, low, high = table[f"{tev} ~ {variance}"]["same cell"]
+        if not math.isfinite(low):
+            answer = "too few runs to tell"
+        elif low > STANDS_IN:
+            answer = "stands in"
+        elif low > 0:
+            answer = "goes with it, too loosely to stand in"
+        else:
+            answer = "goes against it" if high < 0 else "no connection seen"
+        lines.append(f"TEV's {tev} for the variance, {variance}: {answer} (rho {rho:.2f}, {low:.2f} to {high:.2f})")
+    for name, ratios in cost.items():
+        lines.append(f"{name}: TEV costs {ratios['tev / entries']:.3f} times what the variance over entries costs")
+    return lines
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def depth() -> Iterator[ModuleType]:
 
 
 def test_arms_differ_in_nothing_but_norm_and_stabilizer(depth: ModuleType) -> None:
-    for optimizer in ("adam", "sgd"):
+    for optimizer in depth.LRS:
         arms: dict[str, TranslationRecipe] = depth.arms(6, optimizer, 300)
         same = [replace(arm, stabilizer="none", model=replace(arm.model, norm="post")) for arm in arms.values()]
         assert all(each == same[0] for each in same)
@@ -86,6 +86,25 @@ def test_the_best_learning_rate_is_that_of_the_lowest_median_and_what_broke_is_n
     assert (found["best_lr"], found["loss"], found["trained"]) == (1e-3, 4.2, 0.5)
     assert found["trained_by_lr"] == {1e-3: pytest.approx(2 / 3), 3e-3: pytest.approx(1 / 3)}
     assert found["gradient_last_over_first"] == 4.0
+
+
+def test_the_verdict_names_the_learning_rates_that_the_start_does_not_explain(depth: ModuleType) -> None:
+    def line(arm: str, trained: list[float], loss: float) -> dict[str, Any]:
+        by_lr = dict(zip((1e-3, 3e-3, 1e-2), trained, strict=True))
+        return {"optimizer": "lars", "depth": 6, "arm": arm, "trained_by_lr": by_lr, "loss": loss}
+
+    def told(post: list[float], sigma: list[float], start: list[float]) -> str:
+        table = [line("post-LN", post, math.inf), line("sigma", sigma, 4.5), line("init-scale", start, 4.6)]
+        (found,) = depth.verdict(table)
+        return str(found)
+
+    assert told([1, 0, 0], [1, 1, 1], [1, 1, 0.2]) == (
+        "lars 6+6: at 2 of 3 learning rates sigma trains and post-LN does not; of these the start alone does not "
+        "explain 0.01; lowest loss: sigma, 4.50"
+    )
+    assert "does not explain any" in told([0, 0, 0], [0, 1, 1], [0, 1, 1])
+    assert "sigma trains nowhere that post-LN does not" in told([1, 1, 0], [1, 1, 0.5], [0, 0, 0])
+    assert "sigma does not train" in told([1, 0, 0], [0, 0, 0.5], [0, 0, 0])
 
 
 def test_the_unigram_model_is_that_of_the_frequencies(

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from trimtab.inspect import inspect_checkpoint
 from trimtab.inspect.names import Heads, layer_of, role_of, split_of
+from trimtab.inspect.page import report_page
+from trimtab.models.gpt import GPT, GPTConfig
+from trimtab.stabilizers.low_rank_layers import low_rank_
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROLES = {"query", "key", "value", "output", "mlp in", "mlp out"}
@@ -129,6 +132,23 @@ def test_cross_attention_of_gpt2_is_stored_transposed(tmp_path: Path) -> None:
     assert pair.energy == pytest.approx((energy[:, 0] / energy.sum(1)).tolist(), abs=1e-5)
 
 
+def test_factors_of_low_rank_belong_to_their_projections(tmp_path: Path) -> None:
+    model = GPT(GPTConfig(vocab_size=11, context=8, dim=8, depth=2, num_heads=2))
+    for each, kind in ((model, "own"), (gpt2(), "gpt2")):
+        low_rank_(each, rank=3)
+        state = {name: weight for name, weight in each.state_dict().items() if "lm_head" not in name}
+        torch.save(state, tmp_path / f"{kind}.pt")
+        report = inspect_checkpoint(tmp_path / f"{kind}.pt", num_heads=2)
+        found = [(matrix.name, matrix.role) for matrix in report.matrices if matrix.role.endswith("factor")]
+        assert len(found) == 2 * 3 * 2  # layers, projections, factors
+        for name, role in found:
+            assert name.split(".")[-3] == role.removesuffix(" factor")
+        assert "other" not in {matrix.role for matrix in report.matrices}
+        assert not report.attention
+        assert report.notes[0].startswith("12 factors")
+        assert "▲</b>query factor" in report_page(report)
+
+
 def test_energy_without_the_number_of_heads(tmp_path: Path) -> None:
     weights = {"a.q_proj.weight": torch.randn(8, 8), "a.k_proj.weight": torch.randn(8, 8)}
     weights |= {"b.q_proj.weight": torch.randn(8, 8), "b.k_proj.weight": torch.randn(4, 8)}
@@ -188,6 +208,12 @@ def test_the_layer_of_a_name(name: str, layer: tuple[str, int, str, str]) -> Non
         ("layers.0.mixer.in_proj.weight", (64, 8), "other"),
         ("layers.0.mlp.gate.weight", (4, 8), "other"),
         ("conv1.weight", (8, 3, 2, 2), "other"),
+        ("blocks.0.attention.query.down.weight", (4, 8), "query factor"),
+        ("h.0.attn.c_attn.key.up.weight", (8, 4), "key factor"),
+        ("layers.0.self_attn.v_proj.up.weight", (8, 4), "value factor"),
+        ("down.weight", (4, 8), "other"),
+        ("blocks.0.mlp.up.weight", (32, 8), "mlp in"),
+        ("blocks.0.mlp.down.weight", (8, 32), "mlp out"),
     ],
 )
 def test_the_role_of_a_name(name: str, shape: tuple[int, ...], role: str) -> None:

@@ -212,6 +212,12 @@ def _attention(
             f"{fused} fused query-key-value weights are measured whole: which of their rows are queries cannot be told "
             "from the names and the number of heads."
         )
+    factors = sum(matrix.role.endswith(" factor") for matrix in matrices)
+    if factors:
+        notes.append(
+            f"{factors} factors of low-rank queries, keys and values are measured one by one, without q/k energy: "
+            "merge them (fold_) for the numbers of their products."
+        )
     return known, tuple(notes)
 
 

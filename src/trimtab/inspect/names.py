@@ -14,6 +14,9 @@ Role = Literal[
     "query",
     "key",
     "value",
+    "query factor",
+    "key factor",
+    "value factor",
     "fused",
     "output",
     "mlp in",
@@ -58,6 +61,7 @@ _IN = {"up_proj", "fc1", "c_fc", "wi", "wi_1", "w3", "linear1", "lin1", "fc_in",
 _OUT = {"down_proj", "fc2", "w2", "wo", "linear2", "lin2", "fc_out", "dense_4h_to_h", "output.dense", "c_proj"}
 _OUTPUT = {"o_proj", "out_proj", "c_proj", "proj", "dense", "output.dense", "o", "wo", "out", "to_out", "out_lin"}
 _OUTPUT |= {"to_out.0", "proj_out", "linear_out", "output", "0"}
+_FACTORS = {"down", "up"}  # of a LowRankLinear
 _CONV1D = ("c_attn.weight", "q_attn.weight", "c_proj.weight", "c_fc.weight")
 _ATTENTION = re.compile(r"(^|[._])(self_?|cross_?|enc_?dec_?|multihead_?|mixed_?)?(attn|attention|mha)\d?([._]|$)")
 _CROSS = re.compile(r"cross|encdec|enc_dec|encoder_attn|decoder.*multihead_attn")
@@ -122,6 +126,8 @@ def role_of(name: str, shape: Sequence[int]) -> Role:
         for role, spelled in (("query", SEPARATE["query"]), ("key", SEPARATE["key"]), ("value", SEPARATE["value"])):
             if last in spelled:
                 return role  # type: ignore[return-value]
+            if last in _FACTORS and words[-2:][0].lower() in spelled:
+                return f"{role} factor"  # type: ignore[return-value]
     if words[-1] in FUSED | KEY_VALUE | {_QUERY_KEY_VALUE} or (last == "in_proj" and not own):
         return "fused"
     if attention:

@@ -18,6 +18,9 @@ _LOOKS = {
     "query": ("#0072B2", "circle"),
     "key": ("#56B4E9", "circle"),
     "value": ("#009E73", "circle"),
+    "query factor": ("#0072B2", "triangle-up"),
+    "key factor": ("#56B4E9", "triangle-up"),
+    "value factor": ("#009E73", "triangle-up"),
     "fused": ("#0072B2", "diamond"),
     "output": ("#E69F00", "circle"),
     "mlp gate": ("#CC79A7", "square"),
@@ -25,6 +28,7 @@ _LOOKS = {
     "mlp out": ("#8B4513", "square"),
     "other": ("#7F7F7F", "x"),
 }
+_SIGNS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✕"}
 _MAX_STACKS = 4
 
 
@@ -236,7 +240,7 @@ def _key(roles: Sequence[str]) -> str:
     spans = []
     for role in sorted(roles, key=lambda role: (order.index(_base(role)), role)):
         color, symbol = _look(role)
-        sign = {"circle": "●", "square": "■", "diamond": "◆", "x": "✕"}[symbol] + ("┄" if "cross" in role else "")
+        sign = _SIGNS[symbol] + ("┄" if "cross" in role else "")
         spans.append(f'<span><b style="color:{color}">{sign}</b>{role}</span>')
     return f"<div class=key>{''.join(spans)}</div>"
 

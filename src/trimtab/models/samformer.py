@@ -89,4 +89,3 @@ def _is_only_a_weight(layer: nn.Module) -> bool:
     kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     hooks = [hook for kind in kinds for hook in kind.values()]
     return all(getattr(hook, "only_looks", False) for hook in hooks) and not is_sharded(layer.weight)
-
