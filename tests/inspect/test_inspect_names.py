@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trimtab.inspect import inspect_checkpoint
 from trimtab.inspect.names import Heads, layer_of, role_of, split_of
 from trimtab.inspect.page import report_page
+from trimtab.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.stabilizers.low_rank_layers import low_rank_
 
@@ -130,6 +132,16 @@ def test_cross_attention_of_gpt2_is_stored_transposed(tmp_path: Path) -> None:
     energy = torch.linalg.svdvals(query.unflatten(0, (4, 4)).mT @ key.unflatten(0, (4, 4))).square()
     (pair,) = (pair for pair in report.attention if "cross" in pair.name)
     assert pair.energy == pytest.approx((energy[:, 0] / energy.sum(1)).tolist(), abs=1e-5)
+
+
+def test_both_embeddings_of_a_translation_model_have_their_variability(tmp_path: Path) -> None:
+    config = EncoderDecoderConfig(20, 30, 8, encoder_depth=1, decoder_depth=1, num_heads=2, tied="none")
+    model = EncoderDecoder(config)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    found = {each.name: each.tev_mean for each in inspect_checkpoint(tmp_path / "model.safetensors").embeddings}
+    rows = {f"{name}.weight": getattr(model, name).weight for name in ("source_embedding", "target_embedding")}
+    expected = {name: weight.std(dim=1, correction=0).mean().item() for name, weight in rows.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_factors_of_low_rank_belong_to_their_projections(tmp_path: Path) -> None:

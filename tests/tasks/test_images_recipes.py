@@ -195,6 +195,10 @@ def test_recipes_are_frozen() -> None:
         ({"image_size": 16}, "digits needs model image_size 8, the recipe has 16"),
         ({"in_channels": 3}, "digits needs model in_channels 1, the recipe has 3"),
         (
+            {"image_size": 16, "in_channels": 3},
+            r"digits needs model image_size 8, in_channels 1, the recipe has 16, 3: --model\.image-size 8 --model\.in",
+        ),
+        (
             {"num_classes": 5},
             r"digits needs model num_classes 10 \(0, 1, 2, 3, 4, \.\.\.\), the recipe has 5: --model\.num-classes 10",
         ),

@@ -46,11 +46,16 @@ def test_files_come_along_and_best_weights_where_they_count(tmp_path: Path) -> N
 
 
 def test_other_folders_are_refused_with_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="no run folder that can be read"):
+    with pytest.raises(RunFolderError, match=r"no run folder that can be read, it has no run\.json: name the folder"):
         open_trained(tmp_path, Recipe)
     train(Small(), tmp_path / "small", facts=HERE)
     with pytest.raises(RunFolderError, match="holds a run of Small; expected one of ImagesRecipe"):
         open_trained(tmp_path / "small", ImagesRecipe)
+    run_json = (tmp_path / "small" / "run.json").read_text()
+    (tmp_path / "small" / "run.json").write_text(run_json[:100])
+    with pytest.raises(RunFolderError, match=r"its run\.json or a file in files/ is damaged"):
+        open_trained(tmp_path / "small", Recipe)
+    (tmp_path / "small" / "run.json").write_text(run_json)
     for each in (tmp_path / "small" / "checkpoints").iterdir():
         each.rename(tmp_path / each.name)
     with pytest.raises(CheckpointError, match="no whole checkpoint yet"):

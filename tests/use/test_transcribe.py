@@ -68,20 +68,22 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_transcribed(
     good, fast = write(tmp_path / "good.wav", "A B"), write(tmp_path / "fast.wav", "A B", 16000)
     text = tmp_path / "text.wav"
     text.write_text("no audio")
-    assert main(["transcribe", str(run), fast, good, str(text), str(tmp_path / "gone.wav")]) == 1
+    assert main(["transcribe", str(run), fast, good, str(text), str(tmp_path / "gone.wav"), str(tmp_path)]) == 1
     told = capsys.readouterr()
     assert told.out.startswith(f"{good}: ")
     assert f"error: {fast} has 16,000 samples a second, expected 8,000" in told.err
     assert f"error: {text} cannot be read" in told.err
     assert f"error: {tmp_path / 'gone.wav'} cannot be read: there is no such file" in told.err
+    assert f"error: {tmp_path} cannot be read: it is a folder, expected a file" in told.err
 
 
-def test_silence_is_transcribed_without_complaint(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    soundfile.write(tmp_path / "silence.wav", np.zeros(RATE), RATE)
-    assert main(["transcribe", str(run), str(tmp_path / "silence.wav")]) == 0
-    assert capsys.readouterr().err == ""
+def test_silence_is_transcribed_with_a_note(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    silence = tmp_path / "silence.wav"
+    soundfile.write(silence, np.zeros(RATE), RATE)
+    assert main(["transcribe", str(run), str(silence)]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{silence}: ")
+    assert told.err == f"note: {silence} is silent, every sample is 0: what is written down is made up\n"
 
 
 @pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
@@ -95,7 +97,7 @@ def test_recordings_of_data_sets_are_transcribed_beside_what_is_said(
     assert lines[0].endswith("no no no no yes yes yes yes)")
     assert lines[2].startswith("word error rate of these 2: ")
     assert main(["transcribe", str(run), "librivox-mini"]) == 1
-    assert "has 16,000 samples a second, expected 8,000" in capsys.readouterr().err
+    assert "recordings of librivox-mini have 16,000 samples a second, expected 8,000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ _OTHER_ORDERS = {"codegen", "minimax"}
 
 _EMBEDDINGS = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings", "token_embedding", "token_embeddings"}
 _EMBEDDINGS |= {
+    "source_embedding",
+    "target_embedding",
     "tokens_embed",
     "word_embedding",
     "tok_emb",

@@ -53,8 +53,19 @@ def open_trained(folder: str | Path, kind: type[RecipeT]) -> Trained[RecipeT]:
     try:
         info = dict(json.loads((folder / RUN).read_bytes()))
         files = {path.name: path.read_text("utf-8") for path in (folder / FILES).glob("*") if path.suffix != ".part"}
-    except (OSError, ValueError, TypeError) as error:
-        raise RunFolderError(f"{folder} is no run folder that can be read: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunFolderError(
+            f"{folder} is no run folder that can be read, it has no {RUN}: name the folder that a run was trained "
+            "into, such as runs/NAME"
+        ) from None
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror or error}"
+        raise RunFolderError(f"{folder} is no run folder that can be read ({reason})") from None
+    except (ValueError, TypeError) as error:
+        raise RunFolderError(
+            f"{folder} is no run folder that can be read, its {RUN} or a file in {FILES}/ is damaged ({error}): copy "
+            "the whole folder again, or train anew"
+        ) from None
     recipe = recipe_of(info)
     if not isinstance(recipe, kind):
         raise RunFolderError(f"{folder} holds a run of {type(recipe).__name__}; expected one of {kind.__name__}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.errors import CheckpointError
 from trimtab.models.speech_encoder import SpeechEncoder
 from trimtab.tasks.speech import labels, ngram
-from trimtab.tasks.speech.audio_files import AudioError, read_audio, wrong_rate
+from trimtab.tasks.speech.audio_files import AudioError, read_audio
 from trimtab.tasks.speech.decode import Beam, transcribe
 from trimtab.tasks.speech.features import Samples
 from trimtab.tasks.speech.metrics import word_error_rate
@@ -114,14 +114,22 @@ def _recordings(options: TranscribeOptions, recipe: SpeechRecipe) -> Iterator[_R
         if name in SAMPLE_SETS and not Path(name).exists():
             for sample in sample_recordings(name, options.count):
                 if sample.sample_rate != rate:
-                    yield wrong_rate(sample.name, sample.sample_rate, rate)
+                    yield AudioError(
+                        "wrong sample rate",
+                        f"the recordings of {name} have {sample.sample_rate:,} samples a second, expected {rate:,}: "
+                        "take a set or a run of the same rate",
+                    )
                     break
                 yield _Recording(sample.name, sample.text, features(sample.samples))
             continue
         try:
-            yield _Recording(name, None, features(read_audio(name, rate)))
+            samples = read_audio(name, rate)
         except AudioError as error:
             yield error
+            continue
+        if not samples.any():
+            print(f"note: {name} is silent, every sample is 0: what is written down is made up", file=sys.stderr)
+        yield _Recording(name, None, features(samples))
 
 
 def _of_width(beam: Beam, width: int) -> Beam:

@@ -137,6 +137,11 @@ def test_a_run_tells_of_files_that_were_left_out(monkeypatch: pytest.MonkeyPatch
     assert SMALL.task().facts == {"unreadable_files": 2}
 
 
+def test_a_run_tells_of_a_probe_of_fewer_images_than_asked_for() -> None:
+    assert replace(SMALL, probe_images=1437, validation=0).task().facts == {}
+    assert replace(SMALL, probe_images=1437, validation=37).task().facts == {"images_of_the_probe": 1400}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -63,8 +63,7 @@ def recipe(data: str, **changes: object) -> LanguageRecipe:
 def test_perplexities_are_those_of_the_whole_text(tmp_path: Path, changes: dict[str, object]) -> None:
     changes = dict(changes)
     vocab = changes.pop("vocab", None)
-    made = recipe(book(tmp_path / "book.txt"), **changes)
-    made = replace(made, model=replace(made.model, vocab_size=vocab))
+    made = recipe(book(tmp_path / "book.txt"), model=GPTConfig(vocab, 16, 16, 1, 2), **changes)
     result = train(made, tmp_path / "run", hardware=CPU)
     streams = made.streams()
     torch.manual_seed(made.seed)
@@ -149,12 +148,12 @@ def test_fields_that_fit_no_text_are_refused(tmp_path: Path) -> None:
     data = book(tmp_path / "book.txt")
     with pytest.raises(RecipeError, match=r"stride must be from 1 to model\.context, 16; got 17"):
         recipe(data, stride=17)
-    with pytest.raises(RecipeError, match="evaluation_tokens must be at least 1"):
-        recipe(data, evaluation_tokens=0)
+    with pytest.raises(RecipeError, match=r"evaluation_tokens must be at least model\.context, 16; got 15"):
+        recipe(data, evaluation_tokens=15)
     with pytest.raises(RecipeError, match="tokens must be one of characters, words, bpe"):
         recipe(data, tokens="bytes")
-    with pytest.raises(DataError, match="needs a size of at least 260, 256 bytes among it; got None"):
-        recipe(data, tokens="bpe").task()
+    with pytest.raises(RecipeError, match=r"needs a size, of at least 260; got None: --model\.vocab-size 4096"):
+        recipe(data, tokens="bpe")
     with pytest.raises(DataError, match=r"the validation text of book has .* fewer than a context of 5,000"):
         recipe(data, model=GPTConfig(None, 5000, 16, 1, 2)).task()
 

@@ -67,7 +67,7 @@ def test_another_content_has_another_checksum(tmp_path: Path) -> None:
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no text 'tinyshakespear': expected tinyshakespeare, wikitext-2"):
+    with pytest.raises(DataError, match=r"there is no text 'tinyshakespear'\. Did you mean tinyshakespeare\?"):
         find_texts("tinyshakespear")
     with pytest.raises(DataError, match=r"needs one file for train, .* such as train.txt; it has none"):
         find_texts(str(written(tmp_path / "empty")))

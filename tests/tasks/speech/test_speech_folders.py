@@ -146,7 +146,7 @@ def test_folders_that_are_made_otherwise_are_refused(corpus: Path, tmp_path: Pat
     (corpus / "test" / "more.trans.txt").write_text("test-0 AGAIN")
     with pytest.raises(DataError, match="tells the transcript of test-0 a second time"):
         load(corpus)
-    with pytest.raises(DataError, match=r"unknown speech set 'timit': there are an4, fsdd, librispeech"):
+    with pytest.raises(DataError, match=r"unknown speech set 'timit'. There are an4, fsdd, librispeech"):
         load_speech("timit", RATE, 20, SPLITS)
 
 

@@ -87,7 +87,11 @@ def test_two_files_are_divided_by_source_sentence(tmp_path: Path) -> None:
         (("multi30k", "en", "en"), "source and target must be two languages, got 'en' for both"),
         (("multi30k", "en", "de", "test_2018"), "has the tests test_2016_flickr, test_2017_flickr; got 'test_2018'"),
         (("tatoeba-deu-eng", "en", "de", "x"), "tatoeba-deu-eng holds out a test of its own"),
-        (("nowhere", "en", "de"), "there is no 'nowhere': data is multi30k, tatoeba-deu-eng, a folder"),
+        (
+            ("nowhere", "en", "fr"),
+            r"there is no 'nowhere'\. Expected .* a folder, here or in .*, of train\.en, train\.fr",
+        ),
+        (("multi3k", "en", "de"), r"there is no 'multi3k'\. Did you mean multi30k\?"),
         (("a,b,c", "en", "de"), "expected two files, SOURCE,TARGET; got 3"),
         (("no.en,no.de", "en", "de"), r"no.en cannot be read \(No such file or directory\)"),
     ],

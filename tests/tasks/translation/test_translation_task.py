@@ -99,6 +99,7 @@ def test_what_is_left_out_of_training_is_counted_and_nothing_of_the_rest(folder:
     assert task.facts["training_pairs_with_an_empty_line"] == 4
     assert task.facts["training_pairs_too_long"] == 1
     assert task.facts["valid_pairs_with_an_empty_line"] == 4
+    assert task.facts["valid_pairs_longer_than_in_training"] == task.facts["test_pairs_longer_than_in_training"] == 1
     assert task.evaluation is not None
     assert task.test is not None
     assert (task.evaluation.size, task.test.size) == (12 + 5, 10 + 5)
@@ -232,6 +233,12 @@ def test_names_of_special_tokens_are_text(folder: Path) -> None:
 def test_fields_out_of_range_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         small_recipe(tmp_path, **changes)
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"at least 260; got 259: --model\.source-vocab 4000 --model\.target-vocab"):
+        replace(recipe, model=replace(recipe.model, source_vocab=259, target_vocab=259))
 
 
 def test_another_padding_is_refused(tmp_path: Path) -> None:

@@ -117,8 +117,14 @@ class ContrastRecipe(Recipe):
             metric="probe_accuracy",
             higher_is_better=True,
             prepare=prepare,
-            facts={"unreadable_files": len(data.unreadable)} if data.unreadable else {},
+            facts=_facts(data, known, self.probe_images),
         )
+
+
+def _facts(data: ImageData, known: int, asked: int) -> dict[str, int]:
+    """What a reader of the numbers should know: what was left out, and a probe of fewer images than asked for."""
+    facts = {"unreadable_files": len(data.unreadable)} if data.unreadable else {}
+    return facts | ({"images_of_the_probe": known} if known < asked else {})
 
 
 def _unlabelled(split: Split, chosen: Tensor) -> Examples:

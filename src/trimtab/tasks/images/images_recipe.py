@@ -104,14 +104,13 @@ class ImagesRecipe(Recipe):
         if data.num_classes < 2:
             raise DataError(f"{self.data} has one class only ({data.classes[0]}): telling images apart takes two")
         fits = (("image_size", data.side), ("in_channels", data.channels), ("num_classes", data.num_classes))
-        for name, expected in fits:
-            got = getattr(self.model, name)
-            if got != expected:
-                named = f" ({_few(data.classes)})" if name == "num_classes" else ""
-                raise RecipeError(
-                    f"{self.data} needs model {name} {expected}{named}, the recipe has {got}: "
-                    f"--model.{name.replace('_', '-')} {expected}"
-                )
+        wrong = {name: expected for name, expected in fits if getattr(self.model, name) != expected}
+        if wrong:
+            named = f" ({_few(data.classes)})" if "num_classes" in wrong else ""
+            needs = ", ".join(f"{name} {expected}" for name, expected in wrong.items())
+            has = ", ".join(str(getattr(self.model, name)) for name in wrong)
+            flags = " ".join(f"--model.{name.replace('_', '-')} {expected}" for name, expected in wrong.items())
+            raise RecipeError(f"{self.data} needs model {needs}{named}, the recipe has {has}: {flags}")
         if self.validation >= data.train.size:
             raise RecipeError(
                 f"validation must be below the {data.train.size:,} training images of {self.data}, got "

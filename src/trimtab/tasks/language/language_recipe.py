@@ -14,7 +14,7 @@ from trimtab.tasks.language.texts import find_texts
 from trimtab.tasks.language.windows import evaluation_windows, training_windows
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
-from trimtab.tasks.text.tokens import FILE, Kind
+from trimtab.tasks.text.tokens import FILE, LEAST_BYTE_PAIRS, Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,15 @@ class LanguageRecipe(Recipe):
         super().__post_init__()
         if self.stride is not None and not 1 <= self.stride <= self.model.context:
             raise RecipeError(f"stride must be from 1 to model.context, {self.model.context}; got {self.stride}")
-        if self.evaluation_tokens is not None and self.evaluation_tokens < 1:
-            raise RecipeError(f"evaluation_tokens must be at least 1, got {self.evaluation_tokens}")
+        if self.evaluation_tokens is not None and self.evaluation_tokens < self.model.context:
+            raise RecipeError(
+                f"evaluation_tokens must be at least model.context, {self.model.context}; got {self.evaluation_tokens}"
+            )
+        if self.tokens == "bpe" and (self.model.vocab_size or 0) < LEAST_BYTE_PAIRS:
+            raise RecipeError(
+                f"a vocabulary of byte pairs needs a size, of at least {LEAST_BYTE_PAIRS}; got "
+                f"{self.model.vocab_size}: --model.vocab-size 4096"
+            )
 
     def streams(self) -> Streams:
         """Make the texts' tokens, or find them made.

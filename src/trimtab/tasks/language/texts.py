@@ -13,6 +13,7 @@ from typing import IO
 
 from trimtab.errors import DataError
 from trimtab.tasks.data import DATA_SETS, data_folder, read_data
+from trimtab.words import nearest
 
 _NAMES = {"train": ("train",), "validation": ("valid", "validation", "val", "dev"), "test": ("test",)}
 
@@ -105,8 +106,9 @@ def find_texts(data: str) -> Texts:
         return _parted(_of_file(path), path.stem, _checksum([path]))
     if data == "wikitext-103":
         raise DataError(f"{path} is missing: put wikitext-103's files there, wiki.train.tokens, wiki.valid.tokens ...")
+    names = ("tinyshakespeare", "wikitext-2", "wikitext-103")
     raise DataError(
-        f"there is no text {data!r}: expected tinyshakespeare, wikitext-2, wikitext-103, or the path of a text file or "
+        f"there is no text {data!r}.{nearest(data, names)} Expected {', '.join(names)}, or the path of a text file or "
         "of a folder with train, valid and test files"
     )
 

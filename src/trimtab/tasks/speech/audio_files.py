@@ -35,7 +35,11 @@ def read_audio(path: str | Path, sample_rate: int) -> Samples:
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError) as error:  # soundfile's own errors are RuntimeErrors
-        reason = "there is no such file" if not Path(path).exists() else getattr(error, "error_string", str(error))
+        reason = getattr(error, "error_string", str(error))
+        if not Path(path).exists():
+            reason = "there is no such file"
+        elif Path(path).is_dir():
+            reason = "it is a folder, expected a file"
         raise AudioError("unreadable", f"{path} cannot be read: {reason}") from None
     if rate != sample_rate:
         raise wrong_rate(str(path), rate, sample_rate)

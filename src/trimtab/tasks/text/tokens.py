@@ -21,6 +21,8 @@ Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 PAD, BEGIN, END, UNKNOWN = range(4)
 SPECIAL = ("<pad>", "<s>", "<eos>", "<unk>")
+LEAST_BYTE_PAIRS = 256 + len(SPECIAL)
+"""Tokens of the smallest vocabulary of byte pairs: every byte is one."""
 FILE = "tokenizer.json"
 """Under which name a task leaves its tokenizer in the run folder."""
 
@@ -73,9 +75,10 @@ def decode(tokenizer: "Tokenizer", rows: Iterable[Sequence[int]]) -> list[str]:
 def _bpe(texts: Iterable[str], size: int | None) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    least = 256 + len(SPECIAL)
-    if size is None or size < least:
-        raise DataError(f"a vocabulary of byte pairs needs a size of at least {least}, 256 bytes among it; got {size}")
+    if size is None or size < LEAST_BYTE_PAIRS:
+        raise DataError(
+            f"a vocabulary of byte pairs needs a size of at least {LEAST_BYTE_PAIRS}, 256 bytes among it; got {size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

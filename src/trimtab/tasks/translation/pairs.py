@@ -11,6 +11,7 @@ from typing import NamedTuple
 from trimtab.errors import DataError
 from trimtab.tasks.data import DATA_SETS, data_folder, read_data
 from trimtab.tasks.text.lines import decode_text, lines_of, read_text
+from trimtab.words import nearest
 
 MULTI30K, TATOEBA = "multi30k", "tatoeba-deu-eng"
 PARTS = ("train", "valid", "test")
@@ -124,8 +125,9 @@ def _folder(data: str, source: str, target: str, test: str) -> Corpus:
         folder = data_folder() / data
     if not folder.is_dir():
         raise DataError(
-            f"there is no {data!r}: data is {MULTI30K}, {TATOEBA}, a folder of text files, the name of one in the data "
-            "folder (TRIMTAB_DATA), or two files, SOURCE,TARGET"
+            f"there is no {data!r}.{nearest(data, (MULTI30K, TATOEBA))} Expected {MULTI30K}, {TATOEBA}, two files "
+            f"(SOURCE,TARGET), or a folder, here or in {data_folder()}, of train.{source}, train.{target}, "
+            f"valid.{source} ..."
         )
     paths = {
         part: (_text_file(folder, f"{stem}.{source}"), _text_file(folder, f"{stem}.{target}"))

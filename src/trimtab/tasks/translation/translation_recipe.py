@@ -15,7 +15,7 @@ from trimtab.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 from trimtab.tasks.text import tokens as vocabulary
-from trimtab.tasks.text.tokens import PAD
+from trimtab.tasks.text.tokens import LEAST_BYTE_PAIRS, PAD
 from trimtab.tasks.translation import bleu
 from trimtab.tasks.translation.decoding import beam_search
 from trimtab.tasks.translation.pairs import find_corpus
@@ -82,6 +82,12 @@ class TranslationRecipe(Recipe):
             raise RecipeError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
         if not 0 <= self.length_penalty < math.inf:
             raise RecipeError(f"length_penalty must be at least 0, got {self.length_penalty}")
+        for size in (self.model.source_vocab, self.model.target_vocab):
+            if size < LEAST_BYTE_PAIRS:
+                raise RecipeError(
+                    f"a vocabulary of byte pairs needs a size of at least {LEAST_BYTE_PAIRS}; got {size}: "
+                    "--model.source-vocab 4000 --model.target-vocab 4000"
+                )
         if self.model.pad != PAD:
             raise RecipeError(f"model.pad must be {PAD}, the padding of the vocabularies; got {self.model.pad}")
 
@@ -133,13 +139,11 @@ class TranslationRecipe(Recipe):
             "training_pairs": len(chosen),
             "training_pairs_with_an_empty_line": int(empty.sum()),
             "training_pairs_too_long": int(long.sum()),
-            **{
-                f"{part}_pairs_with_an_empty_line": int(
-                    ((encoded.source[part].lengths == 0) | (encoded.target[part].lengths == 0)).sum()
-                )
-                for part in ("valid", "test")
-            },
         }
+        for part in ("valid", "test"):
+            lengths = torch.stack([encoded.source[part].lengths, encoded.target[part].lengths], dim=1)
+            facts[f"{part}_pairs_with_an_empty_line"] = int((lengths == 0).any(dim=1).sum())
+            facts[f"{part}_pairs_longer_than_in_training"] = int((lengths + 1 > self.max_length).any(dim=1).sum())
         return chosen, facts
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from trimtab.tasks.speech.features import Features, Samples
 from trimtab.tasks.speech.sets import an4, digits
 from trimtab.tasks.speech.sets.folder import load_folder
 from trimtab.tasks.speech.sets.speech_data import SpeechData
+from trimtab.words import nearest
 
 LIBRISPEECH = "librispeech"
 Splits = tuple[str, str, str]
@@ -42,7 +43,10 @@ def load_speech(name: str, sample_rate: int, bins: int, splits: Splits, skip_fau
         return load_folder(name, folder, splits, sample_rate, bins, skip_faulty)
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise DataError(f"unknown speech set {name!r}: there are an4, fsdd, librispeech, or the path of a folder")
+        known = (an4.NAME, digits.NAME, LIBRISPEECH)
+        raise DataError(
+            f"unknown speech set {name!r}.{nearest(name, known)} There are {', '.join(known)}, or the path of a folder"
+        )
     return load_folder(name, folder, splits, sample_rate, bins, skip_faulty)
 
 
