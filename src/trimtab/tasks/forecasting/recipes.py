@@ -84,7 +84,7 @@ def samformer_etth1() -> ForecastingRecipe:
 
 
 def samformer_etth2() -> ForecastingRecipe:
-    """SAMformer on ETTh2, hourly load and oil of another transformer, in minutes: Adam with SAM."""
+    """SAMformer on ETTh2, load and oil of another transformer, in minutes: Adam with SAM."""
     return _samformer("ETTh2")
 
 
@@ -109,22 +109,22 @@ def samformer_weather() -> ForecastingRecipe:
 
 
 def samformer_illness() -> ForecastingRecipe:
-    """SAMformer on weekly counts of influenza-like illness, look-back 104, horizon 24: Adam with SAM."""
+    """SAMformer on weekly counts of influenza, look-back 104, horizon 24: Adam with SAM."""
     return _samformer("national-illness", lookback=104, horizon=24)
 
 
 def samformer_illness_36() -> ForecastingRecipe:
-    """SAMformer on weekly counts of influenza-like illness, look-back 36, horizon 24: Adam with SAM."""
+    """SAMformer on weekly counts of influenza, look-back 36, horizon 24: Adam with SAM."""
     return _samformer("national-illness", lookback=36, horizon=24)
 
 
 def samformer_electricity() -> ForecastingRecipe:
-    """SAMformer on the hourly consumption of 321 customers, whose file the data folder must hold: Adam with SAM."""
+    """SAMformer on hourly electricity of 321 customers, your own copy: Adam with SAM."""
     return _samformer("electricity")
 
 
 def samformer_traffic() -> ForecastingRecipe:
-    """SAMformer on the hourly occupancy of 862 lanes, whose file the data folder must hold: Adam with SAM."""
+    """SAMformer on hourly traffic of 862 lanes, your own copy: Adam with SAM."""
     return _samformer("traffic")
 
 
@@ -149,7 +149,7 @@ def itransformer_etth1() -> ForecastingRecipe:
 
 
 def forecast_toy() -> ForecastingRecipe:
-    """The toy problem of SAMformer's paper, a linear map and noise, with its Transformer: Adam without SAM.
+    """SAMformer's toy problem, a linear map and noise, for its Transformer: Adam without SAM.
 
     No RevIN. Settings of training are our own, and not tuned. What is best has a mean squared error of 1.
     """
