@@ -21,6 +21,7 @@ COMMANDS = (
     "generate",
     "translate",
     "transcribe",
+    "forecast",
     "inspect",
     "data",
 )

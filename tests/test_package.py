@@ -76,6 +76,8 @@ def test_shell_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     code = blocks("README.md", "sh")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    hours = [f"2024-01-{1 + hour // 24:02} {hour % 24:02}:00,{hour % 24}" for hour in range(720)]
+    (tmp_path / "my-hours.csv").write_text("\n".join(["date,load", *hours]))
     ran = 0
     for line in "".join(code).splitlines():
         command = line.split("#")[0].split()
@@ -86,7 +88,11 @@ def test_shell_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 subprocess.run([*command, "--dry-run", "-C", str(ROOT)], check=True, capture_output=True)
         else:
             assert command[0] == "trimtab", line
-            short = {"train": ["--steps", "2"], "compare": ["--steps", "1"]}.get(command[1], [])
+            short = {
+                "train": ["--steps", "2"],
+                "compare": ["--steps", "1"],
+                "forecast": ["--epochs", "1", "--lookback", "24"],
+            }.get(command[1], [])
             words = {"1e-3:1e-1:5": "1e-2", "3": "1"} if command[1] == "compare" else {}
             assert main([*(words.get(word, word) for word in command[1:]), *short]) == 0, line
         ran += 1

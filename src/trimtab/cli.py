@@ -45,6 +45,9 @@ _COMMANDS = {
     "transcribe": _Command(
         "RUN FILE", "recordings to text, by a trained speech model", "trimtab.use.transcribe:transcribe_command"
     ),
+    "forecast": _Command(
+        "DATA ...", "the next steps of a CSV file, by a trained model", "trimtab.use.forecast:forecast_command"
+    ),
     "inspect": _Command(
         "FILE",
         "spectral norms, stable ranks, TEV of any checkpoint",
@@ -61,6 +64,7 @@ _EXTRAS = {
             "kaldi_native_fbank",
             "lightning_fabric",
             "matplotlib",
+            "narwhals",
             "plotly",
             "pyarrow",
             "rich",

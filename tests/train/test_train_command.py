@@ -17,6 +17,7 @@ from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import RECIPES, find_recipe
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
+from trimtab.train.train_command import _signatures
 
 RESULT = Result(Path(), "finished", 200, 0.25, 12.0, 0.01, 3000.4, 250_000.0, 10**9, metric="accuracy")
 SCORES = {"accuracy": 0.975, "eval_loss": 0.1}
@@ -342,3 +343,8 @@ def test_a_real_run_its_repetition_and_a_refusal(
     capsys.readouterr()
     assert main(["train", "vit-digits", *words.split(), "--lr", "0.5"]) == 2
     assert "lr" in capsys.readouterr().err
+
+
+def test_the_signature_of_a_metric_is_printed_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"seed": 0, "bleu_signature": "nrefs:1|case:mixed"}', encoding="utf8")
+    assert _signatures(tmp_path) == ["bleu signature: nrefs:1|case:mixed"]

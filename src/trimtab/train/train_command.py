@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from trimtab.errors import RecipeError, RunFolderError
 from trimtab.report.runlog import read_json
@@ -16,6 +17,7 @@ from trimtab.report.terminal import duration
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import find_recipe, recipe_of
 from trimtab.train.checkpoints.files import CHECKPOINTS, in_order, step_of
+from trimtab.train.folder import RUN
 from trimtab.train.hardware import Hardware, Strategy
 from trimtab.train.loop import train
 from trimtab.train.progress import RESULT, Result
@@ -92,11 +94,19 @@ def train_command(words: Sequence[str]) -> int:
     return _train(recipe, options.folder or folder, hardware, facts, shlex.join(again))
 
 
+def train_on_screen(
+    recipe: Recipe, folder: Path, terminal: Console, hardware: Hardware, facts: Mapping[str, Any] | None = None
+) -> Result:
+    """Train as `trimtab.train.train` does, and show it: live in a terminal, a line for each logged step elsewhere."""
+    started_at = 0 if (folder / RESULT).is_file() else last_checkpoint(folder)
+    with RunScreen(folder, terminal, recipe.seconds, started_at) as screen:
+        return train(recipe, folder, screen.show, hardware=hardware, facts=facts)
+
+
 def _train(recipe: Recipe, folder: Path, hardware: Hardware, facts: Mapping[str, Any], again: str) -> int:
     terminal = console(quiet=_rank() > 0)
     finished = (folder / RESULT).is_file()
-    with RunScreen(folder, terminal, recipe.seconds, 0 if finished else _last_checkpoint(folder)) as screen:
-        result = train(recipe, folder, screen.show, hardware=hardware, facts=facts)
+    result = train_on_screen(recipe, folder, terminal, hardware, facts)
     lines = []
     if finished:
         lines.append(
@@ -110,9 +120,7 @@ def _train(recipe: Recipe, folder: Path, hardware: Hardware, facts: Mapping[str,
 def _ending(result: Result, recipe: Recipe, again: str) -> list[str]:
     """How the run ended, and what to do next."""
     if result.status == "interrupted":
-        saved = _last_checkpoint(result.folder)  # on a full disk, an earlier one
-        stopped = "stopped" if saved == result.steps else f"stopped at step {result.steps:,}"
-        return [f"{stopped}; saved at step {saved:,}. The same command goes on: {again}"]
+        return [stopped(result, again)]
     steps, folder = f"{result.steps:,} of {recipe.steps:,} steps", result.folder
     lines = [f"{result.status} after {steps}, {duration(result.seconds)}, loss {result.loss:.4g}"]
     if result.metrics:
@@ -121,6 +129,7 @@ def _ending(result: Result, recipe: Recipe, again: str) -> list[str]:
         lines.append(_numbers(f"best {result.metric}, at step {result.best_step:,}", result.best))
     if result.test:
         lines.append(_numbers("on the test examples", result.test))
+    lines += _signatures(folder)
     if result.status == "diverged":
         lines.append(
             f"what to try: a lower learning rate (--lr {recipe.lr / 3:.1g}), a warmup (--warmup-steps "
@@ -133,11 +142,24 @@ def _ending(result: Result, recipe: Recipe, again: str) -> list[str]:
     return [*lines, f"run folder: {folder}", f"next: trimtab report {shlex.quote(str(folder))}"]
 
 
+def _signatures(folder: Path) -> list[str]:
+    """How a metric was computed, as sacrebleu's signature tells: numbers compare only under the same."""
+    info = read_json(folder / RUN)
+    return [f"{name.replace('_', ' ')}: {value}" for name, value in info.items() if name.endswith("_signature")]
+
+
 def _numbers(title: str, metrics: Mapping[str, float]) -> str:
     return f"{title}: " + ", ".join(f"{name} {figures(value)}" for name, value in metrics.items())
 
 
-def _last_checkpoint(folder: Path) -> int:
+def stopped(result: Result, again: str) -> str:
+    """What is told of a run that Ctrl-C stopped, and that goes on by the command `again`."""
+    saved = last_checkpoint(result.folder)  # on a full disk, an earlier one
+    where = "stopped" if saved == result.steps else f"stopped at step {result.steps:,}"
+    return f"{where}; saved at step {saved:,}. The same command goes on: {again}"
+
+
+def last_checkpoint(folder: Path) -> int:
     """The step of the newest checkpoint, 0 if there is none."""
     return max((step_of(path) or 0 for path in in_order(folder / CHECKPOINTS)), default=0)
 

@@ -10,6 +10,7 @@ from trimtab.tasks.forecasting.timestamps import Frequency, check_order, frequen
 
 SECOND = 1_000_000
 HOUR, DAY = 3600 * SECOND, 86_400 * SECOND
+WEEKDAYS = (*range(6, 11), *range(13, 18), *range(20, 25))  # of January 2020
 
 
 def where(row: int) -> str:
@@ -88,6 +89,9 @@ def test_times_that_do_not_rise_are_refused_with_their_place_and_number() -> Non
         (times("2020-01-31", "2020-02-29", "2020-03-31"), Frequency(1, "month end"), 0),
         (times("2020-03-31", "2020-06-30", "2020-09-30", "2021-06-30"), Frequency(3, "month end"), 1),
         (times("2018-07-01", "2019-07-01", "2020-07-01"), Frequency(12, "month"), 0),
+        (times(*[f"2020-01-{day:02}T09" for day in WEEKDAYS]), Frequency(1, "business day"), 0),
+        (times(*[f"2020-01-{day:02}T09" for day in WEEKDAYS if day != 8]), Frequency(1, "business day"), 1),
+        (times("2020-01-03", "2020-01-10", "2020-01-17"), Frequency(7 * DAY), 0),  # Fridays
         (times("2020-01-01"), None, 0),
     ],
 )
@@ -102,6 +106,7 @@ def test_a_season_is_a_day_a_week_or_a_year() -> None:
     assert {count: Frequency(count * DAY).season() for count in days} == days
     months = {1: 12, 3: 4, 6: 2, 12: None, 5: None}
     assert {count: Frequency(count, "month end").season() for count in months} == months
+    assert {count: Frequency(count, "business day").season() for count in (1, 2)} == {1: 5, 2: None}
 
 
 @given(
@@ -114,6 +119,11 @@ def test_what_comes_after_goes_on_at_the_same_distance(first: datetime, count: i
     assert frequency is not None
     assert uneven == 0
     assert frequency.after(series[1], 3).tolist() == series[2:].tolist()
+
+
+def test_business_days_that_come_after_leave_out_weekends() -> None:
+    ahead = Frequency(1, "business day").after(np.datetime64("2020-01-23T09:30"), 3)  # a Thursday
+    assert ahead.tolist() == [datetime(2020, 1, day, 9, 30) for day in (24, 27, 28)]
 
 
 def test_months_that_come_after_are_as_long_as_they_are() -> None:

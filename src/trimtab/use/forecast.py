@@ -1,0 +1,252 @@
+"""`trimtab forecast`: from a file to its next steps, by a model that is trained on it."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from trimtab.errors import DataError, RecipeError, RunFolderError
+from trimtab.models.forecasting import Kind
+from trimtab.tasks.forecasting.conformal import conformal_rank
+from trimtab.tasks.forecasting.naive import last_season, last_value
+from trimtab.tasks.forecasting.recipes import EPOCHS
+from trimtab.tasks.forecasting.series import Missing, Series, complete
+from trimtab.tasks.forecasting.sets import BENCHMARKS, find_series
+from trimtab.tasks.forecasting.splits import SHARES, Split, ends_of
+from trimtab.train.hardware import Hardware
+from trimtab.train.screen import console
+from trimtab.train.train_command import stopped, train_on_screen
+from trimtab.use.fitted_forecast import (
+    FittedForecast,
+    calibration_size,
+    check_same_series,
+    fitted_forecast,
+    named_forecast,
+)
+from trimtab.use.forecast_files import draw_forecast, write_table
+from trimtab.use.forecast_scores import Scores, by_column, overall, scores_of
+from trimtab.use.forecaster_settings import ForecasterSettings, usual
+from trimtab.use.steady_series import check_frequency, in_words
+from trimtab.words import WordsError, parse_words
+
+LOOKBACK = 512
+"""The published one, which a file of enough rows has without --lookback."""
+
+_KINDS: tuple[Kind, ...] = ("samformer", "dlinear")  # in the order in which they are trained
+_FEW = 8  # columns that are told one by one
+
+
+@dataclass(frozen=True)
+class ForecastOptions:
+    """Forecast the next steps of all columns of a CSV file, by SAMformer trained on it.
+
+    DATA is the file, a row for each step, or the name of a benchmark: ETTh1, weather, ... Its test part tells what the
+    forecasts are worth, beside those that repeat the last value or season, and DLinear's. The folder has forecast.csv
+    and forecast.png in the end. The same command again goes on where it was stopped.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """The file, or a benchmark's name."""
+
+    horizon: int
+    """How many steps to forecast."""
+
+    lookback: int | None = None
+    """How many steps the model sees; None: 512, or a quarter of the training steps less the horizon if that is less, in
+    whole seasons."""
+
+    columns: tuple[str, ...] | None = None
+    """Which columns to take; None: all that hold numbers."""
+
+    split: Split | None = None
+    """Shares of the steps, or steps, for training, choosing and the test; None: 0.7 0.1 0.2, of a benchmark the
+    published ones."""
+
+    missing: Missing = "refuse"
+    """What becomes of missing values: an error, or the last value before."""
+
+    missing_value: float | None = None
+    """A number that stands for a missing value, as -9999 does."""
+
+    level: float | None = 0.9
+    """The share of values that intervals shall hold; None: no intervals."""
+
+    epochs: int = EPOCHS
+    """At most so many; training ends after 5 without a lower validation error."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    seed: int = 0
+    """Decides the weights at the start and the order of windows."""
+
+    folder: Path | None = None
+    """Where all goes, a new one or one to go on in; None: runs/forecast-NAME-HORIZON."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "lookback", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise WordsError(f"--{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """A series without missing values, and the steps that end its parts."""
+
+    series: Series
+    train: int
+    validation: int
+    test: int
+
+
+def forecast_command(words: Sequence[str]) -> int:
+    """Run `trimtab forecast` with these words.
+
+    Returns:
+        The exit code: 0, or 130 if Ctrl-C stopped it.
+
+    Raises:
+        DataError: the file cannot be read, lacks values, has no clear frequency, or a part is too short.
+        RecipeError: an option is out of range, or training diverged.
+        RunFolderError: the folder holds something else.
+        WordsError: an option is unknown or ill-typed.
+    """
+    options = parse_words(ForecastOptions, words, prog="trimtab forecast")
+    data = _data(options)
+    series = data.series
+    season = None if series.frequency is None else series.frequency.season()
+    lookback = options.lookback or lookback_for(data.train, options.horizon, season)
+    _check_parts(options, data)
+    recipes = {
+        kind: _settings(options, kind, lookback).recipe(options.data, data.train, options.split) for kind in _KINDS
+    }
+    folder = options.folder or Path("runs") / f"forecast-{Path(options.data).stem}-{options.horizon}"
+    terminal = console()
+    apart = "" if series.frequency is None else f", {in_words(series.frequency)} apart"
+    _tell(terminal, f"{series.name}: {series.num_steps:,} steps{apart}, of {series.num_columns} columns")
+    _tell(terminal, f"look-back {lookback:,}{'' if options.lookback else ' (chosen)'}, horizon {options.horizon:,}")
+    fitted: dict[Kind, FittedForecast] = {}
+    for kind, recipe in recipes.items():
+        check_same_series(folder / kind, series, data.train)
+        recipe = replace(recipe, columns=options.columns, missing_value=options.missing_value)
+        result = train_on_screen(recipe, folder / kind, terminal, Hardware(options.accelerator))
+        if result.status == "interrupted":
+            _tell(terminal, stopped(result, shlex.join(["trimtab", "forecast", *words])))
+            return 130
+        if result.status == "diverged":
+            raise RecipeError(f"{kind} diverged at step {result.steps:,}: try a lower --lr than {recipe.lr:g}")
+        fitted[kind] = fitted_forecast(folder / kind, series, data.train, data.validation)
+    _tell(terminal, _measured(fitted, data, season, options))
+    _write(folder, fitted["samformer"], data, options.level)
+    _tell(terminal, f"the next {options.horizon:,} steps: {folder / 'forecast.csv'}, {folder / 'forecast.png'}")
+    return 0
+
+
+def lookback_for(train: int, horizon: int, season: int | None) -> int:
+    """The look-back that a file has without --lookback.
+
+    512 as published, or a quarter of the training steps less the horizon where that is less, so that there are three
+    times as many windows as steps in one; in whole seasons, if one fits.
+
+    Args:
+        train: training steps.
+        horizon: steps H to forecast.
+        season: steps of a season; None if that is not known.
+    """
+    quarter = max(1, (train - horizon) // 4)
+    if quarter >= LOOKBACK:
+        return LOOKBACK
+    return quarter - quarter % season if season and season <= quarter else quarter
+
+
+def _data(options: ForecastOptions) -> _Data:
+    series = find_series(options.data, options.columns)
+    series = complete(series, options.missing, options.missing_value)
+    if series.times is not None:
+        check_frequency(series)
+    split = options.split or (BENCHMARKS[options.data].split if options.data in BENCHMARKS else SHARES)
+    return _Data(series, *ends_of(series.num_steps, split))
+
+
+def _check_parts(options: ForecastOptions, data: _Data) -> None:
+    parts = {"validation": data.validation - data.train, "test": data.test - data.validation}
+    for part, steps in parts.items():
+        if steps < options.horizon:
+            raise DataError(
+                f"the {part} part of {data.series.name} has {steps:,} of its {data.series.num_steps:,} steps, fewer "
+                f"than the horizon, {options.horizon:,}: take a longer series, a smaller --horizon, or a larger part, "
+                "as in --split 0.5 0.25 0.25"
+            )
+    if options.level is not None:
+        windows = parts["validation"] - options.horizon + 1
+        try:
+            conformal_rank(calibration_size(windows, data.series.num_columns, options.horizon), options.level)
+        except RecipeError as error:
+            raise WordsError(f"--level: {error}; --level None has no intervals") from None
+
+
+def _settings(options: ForecastOptions, kind: Kind, lookback: int) -> ForecasterSettings:
+    model, stabilizer = usual(kind)
+    return ForecasterSettings(
+        model=replace(model, lookback=lookback, horizon=options.horizon),
+        stabilizer=stabilizer,
+        lr=options.lr,
+        epochs=options.epochs,
+        missing=options.missing,
+        seed=options.seed,
+        accelerator=options.accelerator,
+    )
+
+
+def _measured(fitted: dict[Kind, FittedForecast], data: _Data, season: int | None, options: ForecastOptions) -> str:
+    """What the test part tells."""
+    model, level, horizon = fitted["samformer"], options.level, options.horizon
+    test = model.examples(data.series, data.validation, data.test)
+    scores: dict[str, Scores] = {"last value": scores_of(lambda x: last_value(x, horizon), test)}
+    if season is not None and season <= model.lookback:
+        scores["last season"] = scores_of(lambda x: last_season(x, horizon, season), test)
+    scores["DLinear"] = scores_of(fitted["dlinear"].scaled, test)
+    margin = None if level is None else model.margin(level) / model.scaler.sd[:, None]
+    scores["SAMformer"] = scores_of(model.scaled, test, margin)
+    lines = [f"on the {data.test - data.validation:,} test steps, of values scaled by the training steps:"]
+    lines.append(overall(scores))
+    if "last season" not in scores:
+        why = "no season is known" if season is None else f"a season is {season:,} steps, more than the look-back"
+        lines.append(f"(no last season: {why})")
+    if data.series.num_columns <= _FEW:
+        lines += ["", by_column(scores, data.series.columns, model.scaler), ""]
+    held = scores["SAMformer"].held
+    if held is not None:
+        lines.append(f"its intervals of level {level:g} hold {held:.3f} of the test values")
+    return "\n".join(lines)
+
+
+def _write(folder: Path, model: FittedForecast, data: _Data, level: float | None) -> None:
+    """Write forecast.csv and forecast.png, aside and then renamed."""
+    series = data.series
+    forecast = model.forecast(series.values)
+    margin = None if level is None else model.margin(level)
+    frequency = series.frequency
+    times = None if series.times is None or frequency is None else frequency.after(series.times[-1], model.horizon)
+    table, picture = folder / "forecast.csv", folder / "forecast.png"
+    try:
+        columns = named_forecast(series.columns, forecast, margin)
+        write_table(table.with_suffix(".csv.part"), columns, times, series.num_steps)
+        draw_forecast(picture.with_suffix(".part.png"), series, times, forecast, margin, level)
+        os.replace(table.with_suffix(".csv.part"), table)
+        os.replace(picture.with_suffix(".part.png"), picture)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def _tell(terminal: Console, text: str) -> None:
+    terminal.print(text, markup=False, highlight=False, soft_wrap=True)

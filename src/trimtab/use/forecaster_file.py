@@ -1,0 +1,108 @@
+"""A fitted forecaster on disk: what it is in forecaster.json, its numbers in forecaster.safetensors."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trimtab.errors import CheckpointError, RunFolderError
+from trimtab.models.forecasting import make_forecast_model
+from trimtab.stabilizers import fold_, stabilize_
+from trimtab.stabilizers.apply import applied
+from trimtab.stabilizers.fold import folds
+from trimtab.tasks.forecasting.splits import Scaler
+from trimtab.tasks.forecasting.timestamps import Frequency
+from trimtab.tasks.typed import typed
+from trimtab.use.fitted_forecast import FittedForecast
+from trimtab.use.forecaster_settings import ForecasterSettings
+
+_FORMAT = "trimtab.forecaster.1"
+_CONTENT, _TENSORS = "forecaster.json", "forecaster.safetensors"
+_MODEL, _ERRORS = "model.", "errors"
+
+
+@dataclass(frozen=True)
+class FrameFacts:
+    """What a forecaster knows of the frame that it was fitted to.
+
+    Attributes:
+        columns: in order.
+        frequency: how far times are apart.
+        local: whether they count as clocks show them in their time zone, and not as in UTC.
+        metrics: on its validation part.
+    """
+
+    columns: tuple[str, ...]
+    frequency: Frequency
+    local: bool
+    metrics: dict[str, float]
+
+
+def write_forecaster(
+    folder: str | Path, settings: ForecasterSettings, facts: FrameFacts, fitted: FittedForecast
+) -> None:
+    """Write both files, aside and then renamed; those that are there are replaced.
+
+    Raises:
+        RunFolderError: they cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from trimtab import __version__
+
+    folder = Path(folder)
+    content = {
+        "format": _FORMAT,
+        "trimtab": __version__,
+        "settings": asdict(settings),
+        "frame": asdict(facts),
+        "scale": {name: values.tolist() for name, values in asdict(fitted.scaler).items()},
+    }
+    tensors = {f"{_MODEL}{name}": tensor.contiguous() for name, tensor in fitted.model.state_dict().items()}
+    tensors[_ERRORS] = torch.from_numpy(fitted.errors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / f"{_TENSORS}.part")
+        (folder / f"{_CONTENT}.part").write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+        for name in (_TENSORS, _CONTENT):
+            os.replace(folder / f"{name}.part", folder / name)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+
+
+def read_forecaster(folder: str | Path) -> tuple[ForecasterSettings, FrameFacts, FittedForecast]:
+    """Read both files back.
+
+    Raises:
+        CheckpointError: they are not there, or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / _CONTENT).read_text("utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"expected the format {_FORMAT}, it has {content['format']!r}")
+        settings: ForecasterSettings = typed(ForecasterSettings, content["settings"], "settings")
+        facts: FrameFacts = typed(FrameFacts, content["frame"], "frame")
+        tensors = load_file(folder / _TENSORS)
+        errors = tensors.pop(_ERRORS).numpy()
+        model = make_forecast_model(replace(settings.model, channels=len(facts.columns)))
+        stabilize_(model, settings.stabilizer, changes_made=True)
+        if any(map(folds, applied(model))):  # as it was written
+            fold_(model)
+        model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
+        config = settings.model
+        scaler = Scaler(**{name: np.array(values) for name, values in content["scale"].items()})
+        fitted = FittedForecast(model.eval(), config.lookback, config.horizon, scaler, errors)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} has no forecaster that can be read ({error.strerror or error}); Forecaster.save writes one"
+        ) from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"the forecaster in {folder} is damaged: {error}") from None
+    return settings, facts, fitted
