@@ -32,5 +32,6 @@ def test_its_task_is_about_twenty_lines() -> None:
 
 def test_its_fields_are_checked_as_any_recipes() -> None:
     recipe = find_recipe(f"{EXAMPLE}:Adding")
-    with pytest.raises(RecipeError, match="schedule must be one of constant, cosine, cosine_restarts, step, inverse_sqrt; got 'cosin'"):
+    known = "constant, cosine, cosine_restarts, step, inverse_sqrt"
+    with pytest.raises(RecipeError, match=f"schedule must be one of {known}; got 'cosin'"):
         replace(recipe, schedule="cosin")
