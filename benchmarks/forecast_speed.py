@@ -1,6 +1,6 @@
 """How long an epoch of SAMformer takes, trained with SAM, and how much memory; against the products in the plain order.
 
-    python benchmarks/forecast_speed.py            # a minute or two on 2 cores, which must be free
+    python benchmarks/forecast_speed.py            # about four minutes on 2 cores, which must be free
     python benchmarks/forecast_speed.py --quick    # does it run?
 
 ETTh1, look-back 512, horizon 96, batches of 256, float32, the form of the authors' port to PyTorch (values of L steps
@@ -69,9 +69,10 @@ def one(row: str, epochs: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of few epochs")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--row", choices=list(ROWS), help="for the processes that it starts")
     options = parser.parse_args()
-    epochs, rounds = (5, 1) if options.quick else (12, 5)
+    epochs, rounds = (5, 1) if options.quick else (12, options.rounds)
     if options.row:
         print(json.dumps(one(options.row, epochs)))
         return
