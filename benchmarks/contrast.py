@@ -159,6 +159,7 @@ def summary(runs: Sequence[dict[str, Any]], lrs: Sequence[float]) -> dict[str, A
         "trained": statistics.fmean(run["trained"] for run in runs),
         "trained_by_lr": {lr: statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
         "best_lr": best,
+        "probe_accuracy_by_lr": {lr: statistics.median(run["test_probe_accuracy"] for run in at(lr)) for lr in lrs},
         "probe_accuracy": [run["test_probe_accuracy"] for run in at(best)],
         "knn_accuracy": [run["test_knn_accuracy"] for run in at(best)],
         "entropy_min": min(entropies, default=None),
@@ -174,6 +175,9 @@ def show(table: dict[str, dict[str, Any]], start: float) -> None:
             f"{arm:16}{each['trained']:>9.0%}{each['best_lr']:>9g}{measure.spread(each['probe_accuracy']):>23}"
             f"{measure.spread(each['knn_accuracy']):>23}{entropy:>16}"
         )
+    print("\nprobe, test, median of the seeds by learning rate:")
+    for arm, each in table.items():
+        print(f"{arm:16}" + "".join(f"{lr:>9g}: {value:.3f}" for lr, value in each["probe_accuracy_by_lr"].items()))
 
 
 def draw(runs: list[dict[str, Any]], names: Sequence[str], lrs: Sequence[float], start: float, path: Path) -> None:

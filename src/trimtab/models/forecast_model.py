@@ -3,12 +3,14 @@
 Shape letters: B batch, C channels, L look-back, H horizon.
 """
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from trimtab.models.revin import RevIN
 
 
-class ForecastModel(nn.Module):
+class ForecastModel(nn.Module, ABC):
     """Look-back windows (B, C, L) in, forecasts (B, C, H) out; what is between them is a subclass's `forecast`.
 
     Args:
@@ -44,6 +46,6 @@ class ForecastModel(nn.Module):
             )
         return self.forecast(x) if self.revin is None else self.revin(x, self.forecast)
 
+    @abstractmethod
     def forecast(self, x: Tensor) -> Tensor:
         """Map windows (B, C, L) to forecasts (B, C, H), in whatever units they come."""
-        raise NotImplementedError

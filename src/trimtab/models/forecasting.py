@@ -3,7 +3,6 @@
 Shape letters: B batch, C channels, L look-back, H horizon, D features.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -123,89 +122,28 @@ def make_forecast_model(config: ForecastModelConfig) -> nn.Module:
     """
     if config.channels is None:
         raise RecipeError("a model that forecasts needs its channels: how many series there are")
-    model = _MAKERS[config.kind](config, config.channels)
+    kind, names = _MODELS[config.kind]
+    options = {name: getattr(config, name) for name in (*names, "revin", "affine")} | _norm(config)
+    model: nn.Module = kind(config.lookback, config.horizon, config.channels, **options)
     for module in model.modules():
         start_(module, config.init, config.init_std)
     return model
 
 
-def _samformer(config: ForecastModelConfig, channels: int) -> ForecastModel:
-    return SAMformer(
-        config.lookback,
-        config.horizon,
-        channels,
-        dim=config.dim,
-        num_heads=config.num_heads,
-        form=config.form,
-        frozen_attention=config.frozen_attention,
-        revin=config.revin,
-        affine=config.affine,
-    )
-
-
-def _transformer(config: ForecastModelConfig, channels: int) -> ForecastModel:
-    return ForecastTransformer(
-        config.lookback,
-        config.horizon,
-        channels,
-        dim=config.dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        dropout=config.dropout,
-        norm=config.norm or "pre",
-        positions=config.positions,
-        revin=config.revin,
-        affine=config.affine,
-    )
-
-
-def _itransformer(config: ForecastModelConfig, channels: int) -> ForecastModel:
-    return ITransformer(
-        config.lookback,
-        config.horizon,
-        channels,
-        dim=config.dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        dropout=config.dropout,
-        norm=config.norm or "post",
-        revin=config.revin,
-        affine=config.affine,
-    )
-
-
-def _tsmixer(config: ForecastModelConfig, channels: int) -> ForecastModel:
-    return TSMixer(
-        config.lookback,
-        config.horizon,
-        channels,
-        dim=config.dim,
-        depth=config.depth,
-        dropout=config.dropout,
-        norm=config.window_norm,
-        revin=config.revin,
-        affine=config.affine,
-    )
-
-
-def _dlinear(config: ForecastModelConfig, channels: int) -> ForecastModel:
-    return DLinear(
-        config.lookback,
-        config.horizon,
-        channels,
-        kernel=config.kernel,
-        individual=config.individual,
-        revin=config.revin,
-        affine=config.affine,
-    )
-
-
-_MAKERS: dict[Kind, Callable[[ForecastModelConfig, int], ForecastModel]] = {
-    "samformer": _samformer,
-    "transformer": _transformer,
-    "itransformer": _itransformer,
-    "tsmixer": _tsmixer,
-    "dlinear": _dlinear,
+_TRANSFORMER = ("dim", "depth", "num_heads", "mlp_ratio", "dropout")
+_MODELS: dict[Kind, tuple[type[ForecastModel], tuple[str, ...]]] = {
+    "samformer": (SAMformer, ("dim", "num_heads", "form", "frozen_attention")),
+    "transformer": (ForecastTransformer, (*_TRANSFORMER, "positions")),
+    "itransformer": (ITransformer, _TRANSFORMER),
+    "tsmixer": (TSMixer, ("dim", "depth", "dropout")),
+    "dlinear": (DLinear, ("kernel", "individual")),
 }
+"""Of each kind its class, and the fields of the config that it takes under the same name."""
+
+
+def _norm(config: ForecastModelConfig) -> dict[str, str]:
+    """The argument `norm` of the kinds that have one."""
+    if config.kind == "tsmixer":
+        return {"norm": config.window_norm}
+    usual = {"transformer": "pre", "itransformer": "post"}
+    return {"norm": config.norm or usual[config.kind]} if config.kind in usual else {}
