@@ -1,28 +1,13 @@
 """What the benchmarks about deep language models and TEV rest on."""
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from trimtab.watch.signals import GradientNoise, averaged
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a benchmark by name, as if it were run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def test_models_of_all_depths_have_one_size(bench: Callable[[str], ModuleType]) -> None:

@@ -1,9 +1,7 @@
 """What the benchmark of depth makes of its runs."""
 
-import importlib
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -21,16 +19,10 @@ from trimtab.tasks.translation.translation_recipe import TranslationRecipe
 from trimtab.train import Hardware, train
 from trimtab.train.compare.grid import RunPlace
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def depth() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module("depth")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+def depth(bench: Callable[[str], ModuleType]) -> ModuleType:
+    return bench("depth")
 
 
 def test_arms_differ_in_nothing_but_norm_and_stabilizer(depth: ModuleType) -> None:

@@ -1,11 +1,7 @@
 """What the benchmarks about entropy collapse, sharpness and update norms rest on."""
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,18 +13,6 @@ from scipy import stats
 from trimtab.report.runlog import read_run
 from trimtab.stabilizers import stabilize_
 from trimtab.train import Hardware, train
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a benchmark by name, as if it were run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.mark.parametrize("stabilizer", ["none", "sigma:gamma_init=one:init_std=0.4:remove_norms=true"])

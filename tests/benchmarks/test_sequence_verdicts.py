@@ -1,26 +1,9 @@
 """What the benchmarks of language, speech, TEV and depth say of their tables."""
 
-import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-
-import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a benchmark by name, as if it were run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 def test_language_calls_no_arm_a_cure_that_merely_moves_the_optimum(bench: Callable[[str], ModuleType]) -> None:
