@@ -112,7 +112,7 @@ def headlines(found: Mapping[str, Mapping[int, Arms]]) -> list[str]:
             "cells, 14.33 % on all 32"
         )
         lines.append(
-            f"parameters, TSMixer's over SAMformer's, attention included: {statistics.fmean(sizes):.1f} (published: about 4)"
+            f"parameters, TSMixer over SAMformer with its attention: {statistics.fmean(sizes):.1f} (published: about 4)"
         )
     return lines
 
