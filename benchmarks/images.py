@@ -54,8 +54,8 @@ CHANCE = 0.1
 # norms, before momentum: this share is the first number here.
 LARS = [
     {"optimizer": "lars", "lr": lr, "trust_coefficient": round(share / lr, 3)}
-    for share in (0.001, 0.002, 0.004, 0.008)
-    for lr in (0.00125, 0.005, 0.02)
+    for share in (0.002, 0.004, 0.008)
+    for lr in (0.0003, 0.00125, 0.005, 0.02)
 ]
 SIGMA_SGD = [
     {"optimizer": "sgd", "lr": lr, "stabilizer": f"sigma:gamma_init=one:init_std={std}"}
