@@ -11,11 +11,17 @@ Watch off; rows take turns, so that a drift of the machine's speed favours none:
   plain     the same model in the plain order of products
   factored  the form of the authors' main code, values of 16 features
   720       fused, horizon 720
+  tight     fused, with MALLOC_MMAP_THRESHOLD_=500000: glibc then hands freed blocks back instead of keeping them
+  720-tight the same at horizon 720
 
 Prints seconds an epoch: median (smallest-largest) over epochs of all rounds, evaluation aside; resident memory at its
 highest, and before data and model are made, torch and the engine alone; and what horizon 720 adds beside its head,
 whose parameters Adam holds three times, gradient and SAM's copy once each. Writes results/forecast_speed.json. Beside
 it, for orientation: the authors' port took 1.24 s and 1,078 MB on such a machine.
+
+Memory is also that of packages: torch's optimisers load torch._dynamo, and that triton, where it is installed; Fabric
+loads torchmetrics, where it is. With `pip install trimtab[lab]` neither is, in the environment of the tests both are
+(140 MB more). The results name which of them were loaded.
 """
 
 import argparse
@@ -35,7 +41,15 @@ from trimtab.models.forecasting import ForecastModelConfig
 from trimtab.tasks.forecasting.recipes import SAM, published
 from trimtab.train import train
 
-ROWS = {"fused": ("full", 96), "plain": ("full", 96), "factored": ("factored", 96), "720": ("full", 720)}
+ROWS = {
+    "fused": ("full", 96),
+    "plain": ("full", 96),
+    "factored": ("factored", 96),
+    "720": ("full", 720),
+    "tight": ("full", 96),
+    "720-tight": ("full", 720),
+}
+TIGHT = {"MALLOC_MMAP_THRESHOLD_": "500000"}
 BATCH = 256
 
 
@@ -63,6 +77,7 @@ def one(row: str, epochs: int) -> dict[str, Any]:
         "memory": result.peak_memory_bytes,
         "steps_an_epoch": epoch,
         "threads": torch.get_num_threads(),
+        "loaded": [name for name in ("torch._dynamo", "triton", "torchmetrics") if name in sys.modules],
     }
 
 
@@ -80,7 +95,8 @@ def main() -> None:
     for turn in range(rounds):
         for row in list(ROWS)[:: 1 if turn % 2 == 0 else -1]:
             command = ["--row", row, *["--quick"] * options.quick]
-            found[row].append(measure.in_child(sys.argv[0], *command))
+            environment = TIGHT if row.endswith("tight") else {}
+            found[row].append(measure.in_child(sys.argv[0], *command, **environment))
     table = {row: summary(runs) for row, runs in found.items()}
     print(f"{'':10}{'seconds an epoch':>24}{'highest MB':>12}{'MB before':>11}")
     for row, each in table.items():
@@ -89,8 +105,9 @@ def main() -> None:
             f"{each['memory_before'] / 1e6:>11.0f}"
         )
     head = 4 * (720 - 96) * 513 * 6  # bytes: weight and bias, gradient, two moments, SAM's copy, that of the best
-    more = table["720"]["memory"] - table["fused"]["memory"]
-    print(f"horizon 720 over 96: {more / 1e6:+.0f} MB; of the head, with all that is kept of it: {head / 1e6:.0f} MB")
+    for long, short in (("720", "fused"), ("720-tight", "tight")):
+        more = (table[long]["memory"] - table[short]["memory"]) / 1e6
+        print(f"{long} over {short}: {more:+.0f} MB; of the head, with all that is kept of it: {head / 1e6:.0f} MB")
     ratios = [p / f for p, f in zip(table["plain"]["medians"], table["fused"]["medians"], strict=True)]
     print(f"plain over fused, round by round: {measure.spread(ratios)}")
     if not options.quick:
@@ -105,6 +122,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_before": statistics.median(run["memory_before"] for run in runs),
         "steps_an_epoch": runs[0]["steps_an_epoch"],
         "threads": runs[0]["threads"],
+        "loaded": runs[0]["loaded"],
     }
 
 

@@ -32,6 +32,21 @@ def test_every_example_counts_once_in_float64(batch_size: int) -> None:
     assert means == {"eval_loss": 25 / 7}  # in float32, 1e8 + 1 - 1e8 is 0
 
 
+@pytest.mark.parametrize(("micro_batches", "sizes"), [(1, [2, 2, 2, 1]), (2, [4, 3]), (4, [7])])
+def test_as_many_examples_are_measured_at_once_as_the_recipe_says(micro_batches: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+
+    def score(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        seen.append(len(batch))
+        return {"eval_loss": batch}
+
+    found = task(score)
+    recipe = Small(batch_size=4, accumulate=2, eval_micro_batches=micro_batches)
+    with launched(Hardware(accelerator="cpu"), "32") as fabric:
+        assert evaluate(fabric, found.model, found, found.train, recipe) == {"eval_loss": 25 / 7}
+    assert seen == sizes
+
+
 def test_it_measures_in_eval_mode_without_gradients_and_puts_everything_back() -> None:
     def score(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         assert not torch.is_grad_enabled()

@@ -92,7 +92,7 @@ class RevIN(nn.Module):
         self._expect_channels(forecast)
         if self.gain is not None and self.bias is not None:
             forecast = (forecast - self.bias.unsqueeze(-1)) / self._gain_in_use()
-        return forecast * statistics.std + statistics.mean
+        return torch.addcmul(statistics.mean, forecast, statistics.std)
 
     def _gain_in_use(self) -> Tensor:
         assert self.gain is not None

@@ -58,6 +58,8 @@ class Recipe:
         watch: whether Watch looks on; without it, the log has losses and metrics only.
         watch_every: steps between two lines of the run log.
         eval_every: steps between two evaluations, a multiple of `watch_every`. The last step is always evaluated.
+        eval_micro_batches: how many micro-batches' worth of examples are measured at once: without gradients there is
+            room for more than in training, in all but shallow models.
         checkpoint_every: steps between two checkpoints. There is one at the end, too.
         keep: how many of the last checkpoints are kept, beside the best.
 
@@ -94,6 +96,7 @@ class Recipe:
     watch: bool = True
     watch_every: int = 20
     eval_every: int = 20
+    eval_micro_batches: int = 4
     checkpoint_every: int = 1000
     keep: int = 2
 
@@ -133,7 +136,7 @@ class Recipe:
         if not 0 <= self.min_lr <= self.lr:
             raise RecipeError(f"min_lr must be from 0 to lr, {self.lr}; got {self.min_lr}")
         positive = ("steps", "step_every", "batch_size", "accumulate", "watch_every", "eval_every", "checkpoint_every")
-        for name in (*positive, "keep", "patience", "batch_tokens", "restart_every"):
+        for name in (*positive, "keep", "patience", "batch_tokens", "restart_every", "eval_micro_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1, got {value}")
@@ -146,7 +149,7 @@ class Recipe:
                 f"eval_every must be a multiple of watch_every, whose lines it writes to; "
                 f"got {self.eval_every} and {self.watch_every}"
             )
-        if self.batch_size % self.accumulate:
+        if self.batch_tokens is None and self.batch_size % self.accumulate:
             raise RecipeError(
                 f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}"
             )

@@ -34,8 +34,7 @@ def evaluate(fabric: "Fabric", model: nn.Module, task: Task, examples: Examples,
         model: as `Task.score` is to call it.
         task: its score, what it prepares for that, and its summary.
         examples: what to measure on; the test examples by their own score, if the task has one.
-        recipe: its batch size or tokens, of which a forward without gradients takes four times what training does; and
-            its seed, of the generator that batches are made with.
+        recipe: how many examples it measures at once, and its seed, of the generator that batches are made with.
 
     Returns:
         The metrics by name, the same in all processes.
@@ -86,14 +85,15 @@ def _shares(examples: Examples, recipe: Recipe, rank: int, processes: int) -> It
     parts = recipe.accumulate * processes
     size, each = examples.size, -(-examples.size // processes)
     if recipe.batch_tokens is None or examples.lengths is None:
-        batch_size = 4 * recipe.batch_size // parts
+        batch_size = recipe.eval_micro_batches * recipe.batch_size // parts
         for start in range(rank * each, (rank + 1) * each, batch_size):
             stop = min(start + batch_size, (rank + 1) * each)
             yield torch.arange(start, stop).clamp_(max=size - 1), max(0, min(stop, size) - start)
         return
     order = by_length(examples.lengths)
     filled = order[torch.arange(each * processes).clamp_(max=size - 1)]
-    sizes = cut(examples.lengths[filled], 4 * recipe.batch_tokens // recipe.accumulate, processes)
+    tokens = recipe.eval_micro_batches * recipe.batch_tokens // recipe.accumulate
+    sizes = cut(examples.lengths[filled], tokens, processes)
     start = 0
     for together in sizes:
         own = together // processes

@@ -47,6 +47,7 @@ class ForecastingRecipe(Recipe):
     columns: tuple[str, ...] | None = None
     missing: Missing = "refuse"
     missing_value: float | None = None
+    eval_micro_batches: int = 1  # shallow models: without gradients they need as much memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
