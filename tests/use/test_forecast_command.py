@@ -1,7 +1,9 @@
 """`trimtab forecast`: a file in, a table and a picture of its next steps out."""
 
 import csv
+import gzip
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,9 @@ from trimtab.tasks.forecasting.naive import last_season, last_value, measure
 from trimtab.tasks.forecasting.series import Series
 from trimtab.tasks.forecasting.timestamps import Frequency
 from trimtab.train.trained import open_trained
+from trimtab.use.fitted_forecast import named_forecast
 from trimtab.use.forecast import lookback_for
-from trimtab.use.forecast_files import draw_forecast
+from trimtab.use.forecast_files import draw_forecast, write_table
 from trimtab.use.forecast_scores import aligned, by_column, overall, scores_of
 
 real = pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
@@ -102,6 +105,13 @@ def test_it_prints_errors_of_the_same_windows_for_all_and_goes_on(
     lines = [line for line in printed.splitlines() if line.startswith(tuple(expected))]
     for line, (name, metrics) in zip(lines, expected.items(), strict=True):
         assert line.removeprefix(name).split() == [f"{metrics['mse']:.4f}", f"{metrics['mae']:.4f}"]
+    assert f"training SAMformer, in {folder / 'samformer'}\n" in printed
+    assert f"training DLinear, in {folder / 'dlinear'}\n" in printed
+    best = min(expected, key=lambda name: expected[name]["mse"])
+    assert best == "last season"
+    assert "the lowest MSE is not that of SAMformer, which forecasts, but last season's" in printed
+    arms = [json.loads((folder / run / "run.json").read_text())["arm"] for run in ("samformer", "dlinear")]
+    assert arms == ["SAMformer", "DLinear"]
     assert "MAE, in its units" in printed
     held = float(printed.partition("its intervals of level 0.9 hold ")[2].split()[0])
     assert 0.6 < held <= 1
@@ -162,6 +172,67 @@ def test_a_picture_has_ticks_whatever_the_span(frequency: Frequency, steps: int,
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_told_of_a_file_is_told_once_and_zones_are_kept_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = Path(write_tides(tmp_path / "tides.csv")).read_text().splitlines()
+    lines = [lines[0] + ",place,flat", *(line.replace(",", ":00+01:00,", 1) + ",Kiel,7.3" for line in lines[1:])]
+    lines[9] = lines[9].replace(lines[9].split(",")[1], "", 1)
+    del lines[20]
+    data = tmp_path / "tides.csv.gz"
+    data.write_bytes(gzip.compress("\n".join(lines).encode()))
+    words = [str(data), "--horizon", "1", "--epochs", "1", "--missing", "previous", *CPU]
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "trimtab"):
+        patch.chdir(tmp_path)
+        assert main(["forecast", *words]) == 0
+    assert caplog.messages == [
+        f"{data}: columns that hold no numbers to forecast, and are left out: place",
+        f"{data}: columns that are constant over the training steps, and scaled by 1: flat",
+        f"{data}: steps longer or shorter than the others, which count like them: 1",
+        f"{data}: missing values, which take the last value before: 1 of column 'tide0'",
+    ]
+    assert "299 steps, 1:00:00 apart, of 3 columns" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "runs" / "forecast-tides-1" / "forecast.csv")[1]
+    assert rows[0][0] == "2024-01-13 11:00:00+00:00"
+    assert rows[0][3] == "7.3"
+
+
+def test_a_table_has_digits_for_small_changes_of_large_values(tmp_path: Path) -> None:
+    values = np.array([[1e12, 1e12 + 8, 1e12 + 4], [50.0, 42.0, 46.0], [3e-12, 5e-12, 4e-12]])
+    series = Series("it", values, ("high", "plain_upper", "tiny"))
+    ahead = np.array([[1e12 + 2.123456], [47.1234567], [4.1234567e-12]])
+    write_table(tmp_path / "it.csv", named_forecast(series.columns, ahead, values[:, :1] * 0), None, series)
+    header, rows = rows_of(tmp_path / "it.csv")
+    assert header[:5] == ["step", "high", "plain_upper", "tiny", "high_lower"]
+    assert rows == [["4", *["1000000000002.12", "47.1234567", "4.1234567e-12"], *["1000000000002.12"] * 2,
+                     *["47.1234567"] * 2, *["4.1234567e-12"] * 2]]  # fmt: skip
+
+
+def test_a_picture_shows_names_as_they_are_and_intervals_of_a_single_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    hours = np.datetime64("2024-01-01T00", "us") + np.arange(30) * np.timedelta64(1, "h")
+    name = r"price ($/MWh) or $\frac{x"
+    values = np.stack([np.arange(30.0), 1e12 + np.arange(30.0)])
+    series = Series("it", values, (name, "a" * 200), hours, Frequency(3_600_000_000), utc=True)
+    draw_forecast(tmp_path / "it.png", series, hours[-1:] + np.timedelta64(1, "h"), values[:, -1:] + 1,
+                  np.full((2, 1), 5.0), 0.9)  # fmt: skip
+    first, second = drawn[0].axes
+    assert first.get_title(loc="left") == name
+    assert not first._left_title.get_parse_math()  # type: ignore[attr-defined]
+    assert second.get_title(loc="left") == "a" * 89 + "…"
+    assert second.get_xlabel() == "UTC"
+    heights = first.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (25.0, 35.0)
+    ends = first.collections[0].get_paths()[0].vertices[:, 0]
+    assert ends.max() - ends.min() == pytest.approx(1 / 24)  # an area, from the last value on
+
+
 def test_another_file_under_the_same_name_is_refused(
     done: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +268,7 @@ def test_another_file_under_the_same_name_is_refused(
             ["{data}", "--horizon", "6", "--split", "0.5", "0.5", "0.5"],
             "split must be whole numbers of steps, or shares",
         ),
+        (["{bound}", "--horizon", "6"], "there is a column 'tide0_upper', which would be the bound of an interval"),
         (["{uneven}", "--horizon", "6"], "are not evenly apart: 149 of 299 steps are longer or shorter than 1:00:00"),
     ],
 )
@@ -207,10 +279,11 @@ def test_what_cannot_be_forecast_is_told_before_anything_is_made(
     data = write_tides(tmp_path / "tides.csv")
     lines = Path(write_tides(tmp_path / "uneven.csv", 450)).read_text().splitlines()
     (tmp_path / "uneven.csv").write_text("\n".join([lines[0], *(line for n, line in enumerate(lines[1:]) if n % 3)]))
-    places = {"data": data, "uneven": str(tmp_path / "uneven.csv")}
+    (tmp_path / "bound.csv").write_text(Path(data).read_text().replace("tide1", "tide0_upper", 1))
+    places = {"data": data, **{name: str(tmp_path / f"{name}.csv") for name in ("uneven", "bound")}}
     assert main(["forecast", *(word.format(**places) for word in words)]) == 2
     assert message.format(**places) in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tides.csv", "uneven.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.csv", "tides.csv", "uneven.csv"]
 
 
 def test_a_look_back_is_chosen_by_what_there_is() -> None:
@@ -228,5 +301,5 @@ def test_a_look_back_is_chosen_by_what_there_is() -> None:
 def test_a_benchmark_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["national-illness", "--horizon", "24", "--epochs", "1", "--folder", str(tmp_path / "run"), *CPU]
     assert main(["forecast", *words]) == 0
-    assert "966 steps, 7 days, 0:00:00 apart, of 7 columns\nlook-back 156 (chosen)" in capsys.readouterr().out
+    assert "966 steps, 7 days apart, of 7 columns\nlook-back 156 (chosen)" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "run" / "forecast.csv")[1]) == 24

@@ -148,6 +148,20 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, fitted: Forecaster) -> No
         fitted.save(tmp_path / "file")
 
 
+def test_files_of_two_saves_do_not_go_together(fitted: Forecaster, tmp_path: Path) -> None:
+    """As a kill between the two leaves them, or a disk that changes a bit."""
+    fitted.save(tmp_path)
+    Forecaster(L, H, **SMALL, seed=1).fit(tides()).save(tmp_path / "other")
+    tensors = tmp_path / "forecaster.safetensors"
+    whole = tensors.read_bytes()
+    for wrong in ((tmp_path / "other" / tensors.name).read_bytes(), whole[:-1] + bytes([whole[-1] ^ 1])):
+        tensors.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=r"is damaged: forecaster\.json and .* are not of one save"):
+            Forecaster.load(tmp_path)
+    tensors.write_bytes(whole)
+    assert Forecaster.load(tmp_path).predict(tides()).equals(fitted.predict(tides()))
+
+
 def test_a_frame_that_follows_is_as_good_as_a_share(fitted: Forecaster) -> None:
     frame = tides()
     later = in_polars(frame[120:]).select("flat", "when", "flow", "level", "count")
@@ -160,11 +174,15 @@ def test_a_frame_that_follows_is_as_good_as_a_share(fitted: Forecaster) -> None:
         Forecaster(L, H, **SMALL).fit(frame[:120], frame[120:].drop(columns="flow"))
 
 
-def test_with_a_folder_the_same_call_goes_on_and_another_series_does_not(tmp_path: Path) -> None:
+def test_with_a_folder_the_same_call_goes_on_and_another_series_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame, steps = tides()[["level", "count"]], []
     first = Forecaster(L, H, **SMALL).fit(frame, folder=tmp_path, on_step=lambda now: steps.append(now.step))
     assert steps
-    again = Forecaster(L, H, **SMALL).fit(frame, folder=tmp_path, on_step=lambda now: steps.append(-1))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    home = f"~/{tmp_path.name}"  # the same one
+    again = Forecaster(L, H, **SMALL).fit(frame, folder=home, on_step=lambda now: steps.append(-1))
     assert -1 not in steps
     assert again.predict(frame).equals(first.predict(frame))
     with pytest.raises(RunFolderError, match="holds another series: choose another folder"):
@@ -225,6 +243,12 @@ FRAMES: dict[str, tuple[Callable[[pd.DataFrame], Any], str]] = {
     "lazy": (lambda frame: in_polars(frame).lazy(), r"is a LazyFrame; .* collected first: frame\.collect\(\)"),
     "no times": (lambda frame: frame.reset_index(drop=True), "has no times: expected a column of dates, or a Datet"),
     "text": (lambda frame: frame.reset_index().astype({"when": str}), "has dates as text in column 'when': turn them"),
+    "objects": (
+        lambda frame: frame.reset_index(drop=True).assign(day=[time.date() for time in frame.index]),
+        "has dates as objects in column 'day': turn them into times, by pandas",
+    ),
+    "periods": (lambda frame: frame.to_period("h"), r"has no times: .* pandas makes of periods by \.to_timestamp\(\)"),
+    "huge": (lambda frame: frame * 1e200, r"has values beyond 1e\+150: 1[56]0? of column 'level', .* in a larger unit"),
     "two times": (
         lambda frame: frame.reset_index().assign(t=frame.index),
         "has 2 columns of times, when, t: leave one",
@@ -280,8 +304,32 @@ def test_another_frequency_is_refused_and_a_gap_is_told(fitted: Forecaster, capl
         fitted.predict(frame.set_axis(pd.date_range("2024", periods=150, freq="2h"), axis=0))
     with caplog.at_level(logging.WARNING, "trimtab"):
         made = fitted.predict(frame.drop(frame.index[-8]))
-    assert caplog.messages == ["the frame: 1 steps are longer or shorter than 1:00:00, and count like it"]
+    assert caplog.messages == ["the frame: steps longer or shorter than 1:00:00, which count like it: 1"]
     assert made.index[0] == pd.Timestamp("2024-01-07 06:00")
+
+
+def test_what_is_told_while_fitting_is_of_the_frame(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    frame = tides()
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        Forecaster(L, H, **SMALL).fit(frame.drop(frame.index[50]))
+    assert caplog.messages == [
+        "the frame: columns that are constant over the training steps, and scaled by 1: flat",
+        "the frame: steps longer or shorter than the others, which count like them: 1",
+    ]
+
+
+def test_sizes_of_values_do_not_matter(fitted: Forecaster) -> None:
+    """Of the same shape, at 1e12, at 1e-12, or a small one upon a large level; so small that squares are zero."""
+    frame = tides()
+    scaled = frame.assign(level=frame["level"] * 1e12, flow=frame["flow"] * 1e-12)
+    made = Forecaster(L, H, **SMALL).fit(scaled).predict(scaled)
+    expected = fitted.predict(frame)
+    np.testing.assert_allclose(made["level"] * 1e-12, expected["level"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(made["flow"] * 1e12, expected["flow"], rtol=1e-3)
+    high = frame.assign(count=frame["count"] + 10**12)
+    assert Forecaster(L, H, **SMALL).fit(high).predict(high)["count"].between(1e12 - 20, 1e12 + 20).all()
+    low = frame.assign(level=frame["level"] * 1e-200)
+    assert Forecaster(L, H, **SMALL).fit(low).predict(low)["level"].abs().max() < 1e-199
 
 
 def test_exogenous_columns_are_refused(fitted: Forecaster) -> None:
@@ -327,7 +375,9 @@ def test_a_series_that_is_too_short_is_refused() -> None:
     ("settings", "message"),
     [
         ({"horizon": 0}, "horizon must be at least 1"),
-        ({"lookback": 2.5}, "model.lookback must be a whole number; got 2.5"),
+        ({"horizon": "4"}, "^horizon must be a whole number; got '4'"),
+        ({"horizon": True}, "^horizon must be a whole number; got True"),
+        ({"lookback": 2.5}, "^lookback must be a whole number; got 2.5"),
         (
             {"model": "arima"},
             "model must be one of samformer, transformer, tsmixer, dlinear, itransformer; got 'arima'",
@@ -348,11 +398,14 @@ def test_settings_are_checked_at_once(settings: dict[str, Any], message: str) ->
 
 def test_shares_and_levels_are_checked(fitted: Forecaster) -> None:
     frame = tides()
-    for share in (0, 1, -0.1, 30):
+    assert Forecaster(L, H, **SMALL).fit(frame, np.float32(0.2)).metrics == fitted.metrics
+    for share in (0, 1, -0.1, 30, np.float32(2)):
         with pytest.raises(RecipeError, match="valid must be a share between 0 and 1, or a frame that follows"):
             Forecaster(L, H, **SMALL).fit(frame, share)
     with pytest.raises(RecipeError, match="level must be above 0 and below 1"):
         fitted.predict(frame, level=90)
+    with pytest.raises(RecipeError, match=r"level must be above 0 and below 1, as 0\.9 is; got '0\.9'"):
+        fitted.predict(frame, level="0.9")  # type: ignore[arg-type]  # that is what is refused
     with pytest.raises(
         RecipeError, match=r"a level of 0\.99 needs at least 99 windows of validation, and there are 27"
     ):

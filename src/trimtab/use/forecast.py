@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 from trimtab.errors import DataError, RecipeError, RunFolderError
 from trimtab.models.forecasting import Kind
+from trimtab.report.compare_words import count
 from trimtab.tasks.forecasting.conformal import conformal_rank
 from trimtab.tasks.forecasting.naive import last_season, last_value
 from trimtab.tasks.forecasting.recipes import EPOCHS
@@ -31,13 +33,14 @@ from trimtab.use.fitted_forecast import (
 from trimtab.use.forecast_files import draw_forecast, write_table
 from trimtab.use.forecast_scores import Scores, by_column, overall, scores_of
 from trimtab.use.forecaster_settings import ForecasterSettings, usual
+from trimtab.use.notices import told_once
 from trimtab.use.steady_series import check_frequency, in_words
 from trimtab.words import WordsError, parse_words
 
 LOOKBACK = 512
 """The published one, which a file of enough rows has without --lookback."""
 
-_KINDS: tuple[Kind, ...] = ("samformer", "dlinear")  # in the order in which they are trained
+_NAMES: dict[Kind, str] = {"samformer": "SAMformer", "dlinear": "DLinear"}  # in the order in which they are trained
 _FEW = 8  # columns that are told one by one
 
 
@@ -127,27 +130,33 @@ def forecast_command(words: Sequence[str]) -> int:
     lookback = options.lookback or lookback_for(data.train, options.horizon, season)
     _check_parts(options, data)
     recipes = {
-        kind: _settings(options, kind, lookback).recipe(options.data, data.train, options.split) for kind in _KINDS
+        kind: _settings(options, kind, lookback).recipe(options.data, data.train, options.split) for kind in _NAMES
     }
-    folder = options.folder or Path("runs") / f"forecast-{Path(options.data).stem}-{options.horizon}"
+    name = Path(options.data).name.removesuffix(".gz").removesuffix(".csv")
+    folder = options.folder or Path("runs") / f"forecast-{name}-{options.horizon}"
     terminal = console()
     apart = "" if series.frequency is None else f", {in_words(series.frequency)} apart"
-    _tell(terminal, f"{series.name}: {series.num_steps:,} steps{apart}, of {series.num_columns} columns")
+    columns = count(series.num_columns, "column")
+    _tell(terminal, f"{series.name}: {count(series.num_steps, 'step')}{apart}, of {columns}")
     _tell(terminal, f"look-back {lookback:,}{'' if options.lookback else ' (chosen)'}, horizon {options.horizon:,}")
     fitted: dict[Kind, FittedForecast] = {}
-    for kind, recipe in recipes.items():
-        check_same_series(folder / kind, series, data.train)
-        recipe = replace(recipe, columns=options.columns, missing_value=options.missing_value)
-        result = train_on_screen(recipe, folder / kind, terminal, Hardware(options.accelerator))
-        if result.status == "interrupted":
-            _tell(terminal, stopped(result, shlex.join(["trimtab", "forecast", *words])))
-            return 130
-        if result.status == "diverged":
-            raise RecipeError(f"{kind} diverged at step {result.steps:,}: try a lower --lr than {recipe.lr:g}")
-        fitted[kind] = fitted_forecast(folder / kind, series, data.train, data.validation)
+    with told_once(series.name, series.name):
+        for kind, recipe in recipes.items():
+            check_same_series(folder / kind, series, data.train)
+            recipe = replace(recipe, columns=options.columns, missing_value=options.missing_value)
+            if not terminal.is_interactive:  # there, the folder is told all the time
+                _tell(terminal, f"training {_NAMES[kind]}, in {folder / kind}")
+            arm = {"arm": _NAMES[kind]}  # its name in reports
+            result = train_on_screen(recipe, folder / kind, terminal, Hardware(options.accelerator), arm)
+            if result.status == "interrupted":
+                _tell(terminal, stopped(result, shlex.join(["trimtab", "forecast", *words])))
+                return 130
+            if result.status == "diverged":
+                raise RecipeError(f"{kind} diverged at step {result.steps:,}: try a lower --lr than {recipe.lr:g}")
+            fitted[kind] = fitted_forecast(folder / kind, series, data.train, data.validation)
     _tell(terminal, _measured(fitted, data, season, options))
     _write(folder, fitted["samformer"], data, options.level)
-    _tell(terminal, f"the next {options.horizon:,} steps: {folder / 'forecast.csv'}, {folder / 'forecast.png'}")
+    _tell(terminal, f"the next {count(options.horizon, 'step')}: {folder / 'forecast.csv'}, {folder / 'forecast.png'}")
     return 0
 
 
@@ -187,6 +196,8 @@ def _check_parts(options: ForecastOptions, data: _Data) -> None:
                 "as in --split 0.5 0.25 0.25"
             )
     if options.level is not None:
+        nothing = np.zeros((data.series.num_columns, 0))
+        named_forecast(data.series.columns, nothing, nothing)  # refuses a column that has the name of a bound
         windows = parts["validation"] - options.horizon + 1
         try:
             conformal_rank(calibration_size(windows, data.series.num_columns, options.horizon), options.level)
@@ -224,6 +235,9 @@ def _measured(fitted: dict[Kind, FittedForecast], data: _Data, season: int | Non
         lines.append(f"(no last season: {why})")
     if data.series.num_columns <= _FEW:
         lines += ["", by_column(scores, data.series.columns, model.scaler), ""]
+    best = min(scores, key=lambda name: scores[name].mse.mean())
+    if best != "SAMformer":
+        lines.append(f"the lowest MSE is not that of SAMformer, which forecasts, but {best}'s")
     held = scores["SAMformer"].held
     if held is not None:
         lines.append(f"its intervals of level {level:g} hold {held:.3f} of the test values")
@@ -240,7 +254,7 @@ def _write(folder: Path, model: FittedForecast, data: _Data, level: float | None
     table, picture = folder / "forecast.csv", folder / "forecast.png"
     try:
         columns = named_forecast(series.columns, forecast, margin)
-        write_table(table.with_suffix(".csv.part"), columns, times, series.num_steps)
+        write_table(table.with_suffix(".csv.part"), columns, times, series)
         draw_forecast(picture.with_suffix(".part.png"), series, times, forecast, margin, level)
         os.replace(table.with_suffix(".csv.part"), table)
         os.replace(picture.with_suffix(".part.png"), picture)

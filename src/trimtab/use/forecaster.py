@@ -2,10 +2,12 @@
 
 import csv
 import io
+import operator
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,6 +23,7 @@ from trimtab.use.fitted_forecast import FittedForecast, fitted_forecast, named_f
 from trimtab.use.forecaster_file import FrameFacts, read_forecaster, write_forecaster
 from trimtab.use.forecaster_settings import ForecasterSettings, usual
 from trimtab.use.frames import frame_like, in_order, read_frame, series_of
+from trimtab.use.notices import told_once
 from trimtab.use.steady_series import check_frequency, check_goes_on, completed, joined, last
 
 _SERIES, _RUN = "series.csv", "run"
@@ -76,7 +79,9 @@ class Forecaster:
         config, spec = usual(model.kind if isinstance(model, ForecastModelConfig) else model)
         config = model if isinstance(model, ForecastModelConfig) else config
         self._settings = ForecasterSettings(
-            model=replace(config, lookback=lookback, horizon=horizon, channels=None),
+            model=replace(
+                config, lookback=_whole("lookback", lookback), horizon=_whole("horizon", horizon), channels=None
+            ),
             stabilizer=spec if stabilizer is None else stabilizer,
             lr=lr,
             epochs=epochs,
@@ -145,7 +150,8 @@ class Forecaster:
             steps = (begin, series.num_steps - begin, 0)
             recipe = self._settings.recipe(str(place / _SERIES), begin, steps, watch=folder is not None)
             _write_series(place / _SERIES, series)
-            result = train(recipe, place / _RUN, on_step, hardware=Hardware(self._settings.accelerator))
+            with told_once(recipe.data, series.name):
+                result = train(recipe, place / _RUN, on_step, hardware=Hardware(self._settings.accelerator))
             if result.status == "interrupted":
                 raise KeyboardInterrupt
             if result.status == "diverged":
@@ -217,6 +223,15 @@ class Forecaster:
         return self._fitted
 
 
+def _whole(name: str, value: object) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]  # which is what it finds out; numpy's are fine
+    except TypeError:
+        pass
+    raise RecipeError(f"{name} must be a whole number; got {value!r}")
+
+
 def _refuse_exogenous(name: str, value: object) -> None:
     if value is not None:
         raise DataError(
@@ -227,10 +242,11 @@ def _refuse_exogenous(name: str, value: object) -> None:
 
 def _with_validation(series: Series, local: bool, valid: Any) -> tuple[Series, int]:
     """The series with its validation part, and the step that this begins at."""
-    if isinstance(valid, int | float):
-        if not 0 < valid < 1:
+    if isinstance(valid, Real):
+        share = float(valid)
+        if not 0 < share < 1:
             raise RecipeError(f"valid must be a share between 0 and 1, or a frame that follows; got {valid}")
-        return series, series.num_steps - round(series.num_steps * valid)
+        return series, series.num_steps - round(series.num_steps * share)
     more = series_of(read_frame(valid, "the validation frame"), local=local)[0]
     return joined(series, in_order(more, series.columns)), series.num_steps
 
@@ -247,7 +263,7 @@ def _check_validation(series: Series, begin: int, horizon: int) -> None:
 @contextmanager
 def _folder(folder: str | Path | None) -> Iterator[Path]:
     if folder is not None:
-        yield Path(folder)
+        yield Path(folder).expanduser()  # as the series' path will be
         return
     with tempfile.TemporaryDirectory(prefix="trimtab-forecaster-") as temporary:
         yield Path(temporary)

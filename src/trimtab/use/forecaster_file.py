@@ -1,5 +1,6 @@
 """A fitted forecaster on disk: what it is in forecaster.json, its numbers in forecaster.safetensors."""
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -46,6 +47,8 @@ def write_forecaster(
 ) -> None:
     """Write both files, aside and then renamed; those that are there are replaced.
 
+    The first knows the second by its sha256: killed between the two, they are found not to belong together.
+
     Raises:
         RunFolderError: they cannot be written.
     """
@@ -66,6 +69,7 @@ def write_forecaster(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"{_TENSORS}.part")
+        content["sha256"] = _sha256(folder / f"{_TENSORS}.part")
         (folder / f"{_CONTENT}.part").write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
         for name in (_TENSORS, _CONTENT):
             os.replace(folder / f"{name}.part", folder / name)
@@ -89,6 +93,8 @@ def read_forecaster(folder: str | Path) -> tuple[ForecasterSettings, FrameFacts,
             raise ValueError(f"expected the format {_FORMAT}, it has {content['format']!r}")
         settings: ForecasterSettings = typed(ForecasterSettings, content["settings"], "settings")
         facts: FrameFacts = typed(FrameFacts, content["frame"], "frame")
+        if _sha256(folder / _TENSORS) != content["sha256"]:
+            raise ValueError(f"{_CONTENT} and {_TENSORS} are not of one save")
         tensors = load_file(folder / _TENSORS)
         errors = tensors.pop(_ERRORS).numpy()
         model = make_forecast_model(replace(settings.model, channels=len(facts.columns)))
@@ -106,3 +112,8 @@ def read_forecaster(folder: str | Path) -> tuple[ForecasterSettings, FrameFacts,
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"the forecaster in {folder} is damaged: {error}") from None
     return settings, facts, fitted
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

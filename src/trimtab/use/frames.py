@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import narwhals as nw
@@ -183,13 +184,17 @@ def _time_column(table: "nw.DataFrame[Any]", name: str) -> "tuple[nw.Series[Any]
     if found:
         raise DataError(f"{name} has {len(found)} columns of times, {', '.join(t.name for t, _ in found)}: leave one")
     for column in table.columns:
-        text = table[column].drop_nulls().head(1).to_list()
-        if text and isinstance(text[0], str) and is_date(text[0].strip()):
+        first = (table[column].drop_nulls().head(1).to_list() or [None])[0]
+        if isinstance(first, date) or (isinstance(first, str) and is_date(first.strip())):
+            what = "text" if isinstance(first, str) else "objects"
             raise DataError(
-                f"{name} has dates as text in column {column!r}: turn them into times, by pandas.to_datetime(...) or "
+                f"{name} has dates as {what} in column {column!r}: turn them into times, by pandas.to_datetime(...) or "
                 "polars' .str.to_datetime()"
             )
-    raise DataError(f"{name} has no times: expected a column of dates, or a DatetimeIndex")
+    raise DataError(
+        f"{name} has no times: expected a column of dates, or a DatetimeIndex, which pandas makes of periods by "
+        ".to_timestamp()"
+    )
 
 
 def _is_of_days(frequency: Frequency | None) -> bool:

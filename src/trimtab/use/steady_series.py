@@ -80,14 +80,14 @@ def check_goes_on(series: Series, frequency: Frequency) -> None:
     _check_share(series.name, uneven, series.num_steps - 1, frequency)
     if uneven:
         _log.warning(
-            "%s: %d steps are longer or shorter than %s, and count like it", series.name, uneven, in_words(frequency)
+            "%s: steps longer or shorter than %s, which count like it: %d", series.name, in_words(frequency), uneven
         )
 
 
 def in_words(frequency: Frequency) -> str:
-    """A frequency as "0:15:00", "7 days, 0:00:00", "1 month" or "3 month ends"."""
+    """A frequency as "0:15:00", "7 days", "1 month" or "3 month ends"."""
     if frequency.unit == "microsecond":
-        return str(timedelta(microseconds=frequency.count))
+        return str(timedelta(microseconds=frequency.count)).removesuffix(", 0:00:00")
     return f"{frequency.count} {frequency.unit}{'s' if frequency.count > 1 else ''}"
 
 

@@ -129,10 +129,20 @@ def test_gaps_are_counted(path: Path) -> None:
         ("", "is empty: expected a row of numbers"),
         ("\n\n", "is empty: expected a row of numbers"),
         ("date,a\n", "has the names of columns and no row of numbers"),
-        ("date,a\n2024-01-01,x\n2024-01-02,y\n", "has no column of numbers; its columns are date, a"),
+        ("date,a\n2024-01-01,x\n2024-01-02,y\n", "has no column of numbers; its columns, .* tabs, are date, a"),
         ("a,b\n1,2\n3\n", r"line 3: 1 cells, where the first row has 2"),
         ("a,b\n1,2\n3,x\n5,y\n", "line 3: 'x' in column 'b' is no number; 2 of its cells are none, 1 are. Correct"),
-        ("a;b\n1;2\n3;4,5\n", r"line 3: '4,5' in column 'b' is no number; .* A decimal comma\? Write a point"),
+        ("a;b\n1;2\n3;4,5\n", r"line 3: '4,5' in column 'b' is no number; .* A decimal comma, or one betw"),
+        ("a;b\n1;2,5\n3;4,5\n", r"line 2: '2,5' in column 'b' is no number; .* none, 0 are\. A decimal comma"),
+        (
+            'a,b\n1,"2,500.5"\n3,"4,500.5"\n',
+            r"line 2: '2,500\.5' in column 'b' is no number; .* thousands\? Write 1234\.5",
+        ),
+        (
+            HOURS.replace(",", "|"),
+            "no column of numbers; its columns, between commas, semicolons or tabs, are column 1",
+        ),
+        (HOURS.encode("utf-16"), "is no text in UTF-8 or Latin-1: save the table as CSV, in UTF-8"),
         ("date,a\n2024-01-01,1\n2024-01-01,2\n", "line 3: 2024-01-01 00:00:00 comes again after 2024-01-01"),
         ("date,a\n2024-01-02,1\n2024-01-01,2\n", "line 3: 2024-01-01 00:00:00 comes before 2024-01-02"),
         ("date,a\n2024-01-02,1\n\n2024-01-32,2\n", "line 4: '2024-01-32' is no date like those before it"),
@@ -145,6 +155,16 @@ def test_gaps_are_counted(path: Path) -> None:
 def test_what_is_no_series_is_refused(path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         series_of(path, text)
+
+
+def test_times_with_a_zone_are_in_utc(path: Path) -> None:
+    zoned = series_of(path, "date,a\n2024-03-31T01:30+01:00,1\n2024-03-31T03:30+02:00,2\n2024-03-31T04:30+02:00,3\n")
+    assert zoned.utc
+    assert zoned.times is not None
+    assert zoned.times[0] == np.datetime64("2024-03-31T00:30")
+    assert (zoned.frequency, zoned.uneven) == (Frequency(3_600_000_000), 0)
+    assert not series_of(path, HOURS).utc
+    assert not series_of(path, "30.01.2024;1\n31.01.2024;2\n").utc
 
 
 def test_a_file_that_is_not_there(path: Path) -> None:

@@ -24,8 +24,8 @@ def conformal_rank(size: int, level: float) -> int:
     Raises:
         RecipeError: the level is out of range, or k is more than n: no finite interval holds that much.
     """
-    if not 0 < level < 1:
-        raise RecipeError(f"level must be above 0 and below 1, as 0.9 is; got {level}")
+    if not hasattr(level, "__float__") or not 0 < level < 1:
+        raise RecipeError(f"level must be above 0 and below 1, as 0.9 is; got {level!r}")
     exact = Fraction(repr(float(level)))  # of what was written: 0.07 × 100 is 7, and 7.000000000000001 in floats
     rank = math.ceil((size + 1) * exact)
     if rank > size:

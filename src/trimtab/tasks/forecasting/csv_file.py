@@ -14,7 +14,7 @@ import numpy as np
 
 from trimtab.errors import DataError
 from trimtab.tasks.forecasting.series import Numbers, Series, select
-from trimtab.tasks.forecasting.timestamps import check_order, frequency_of, is_date, parse_dates
+from trimtab.tasks.forecasting.timestamps import check_order, frequency_of, is_date, parse_dates, tells_zone
 
 _DELIMITERS = ("\t", ";", ",")  # the first that fits: a comma may also be a decimal one
 _DATE_NAMES = {"date", "datetime", "time", "timestamp", "ds"}
@@ -99,6 +99,8 @@ def parse_csv(
 
 def _series(text: Iterator[str], name: str, columns: Sequence[str] | None, ordered: bool) -> Series:
     head = list(islice((line for line in text if line.strip()), 2))
+    if any("\0" in line for line in head):
+        raise DataError(f"{name} is no text in UTF-8 or Latin-1: save the table as CSV, in UTF-8")
     reader = csv.reader(chain(head, text), delimiter=_delimiter(head), skipinitialspace=True)
     rows = ((reader.line_num, row) for row in reader if row)
     first, second = next(rows, None), next(rows, None)
@@ -125,10 +127,13 @@ def _series(text: Iterator[str], name: str, columns: Sequence[str] | None, order
     counting = others[:1] if named and not cells[0] and _counts_rows(others[0]) else []
     kept = [column for column in others if column not in counting and _is_kept(column, columns, name)]
     if not kept:
-        raise DataError(f"{name} has no column of numbers; its columns are {', '.join(names)}")
+        raise DataError(
+            f"{name} has no column of numbers; its columns, between commas, semicolons or tabs, are {', '.join(names)}"
+        )
     left_out = () if columns is not None else tuple(column.name for column in others if column not in kept)
     values = np.stack([np.concatenate(column.parts) for column in kept])
-    series = Series(name, values, tuple(column.name for column in kept), times, frequency, uneven, left_out)
+    utc = times is not None and tells_zone(dates[0])
+    series = Series(name, values, tuple(column.name for column in kept), times, frequency, uneven, left_out, utc)
     return series if columns is None else select(series, columns)
 
 
@@ -168,14 +173,15 @@ def _add(column: _Column, cells: Sequence[str], lines: Sequence[int]) -> None:
 
 def _is_kept(column: _Column, wanted: Sequence[str] | None, name: str) -> bool:
     """Whether a column is one of numbers; an error if it is neither that nor one of something else."""
-    if (wanted is not None and column.name not in wanted) or not column.numbers:
+    line, cell = column.example
+    comma = "," in cell and any(_number(cell.replace(",", other)) is not None for other in (".", ""))
+    if (wanted is not None and column.name not in wanted) or not (column.numbers or comma):
         return False
     if column.others:
-        line, cell = column.example
-        comma = " A decimal comma? Write a point." if _number(cell.replace(",", ".")) is not None else ""
+        hint = " A decimal comma, or one between thousands? Write 1234.5." if comma else ""
         raise DataError(
             f"{name}, line {line}: {cell!r} in column {column.name!r} is no number; {column.others:,} of its cells are "
-            f"none, {column.numbers:,} are.{comma} Correct the file, or choose other columns: --columns"
+            f"none, {column.numbers:,} are.{hint} Correct the file, or choose other columns: --columns"
         )
     return True
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from trimtab.errors import RecipeError
 from trimtab.models.forecasting import ForecastModelConfig, make_forecast_model
 from trimtab.tasks.forecasting.naive import errors
-from trimtab.tasks.forecasting.parts import Parts, parts_of
-from trimtab.tasks.forecasting.series import Missing, Series, complete, missing_of
+from trimtab.tasks.forecasting.parts import Parts, parts_of, warn
+from trimtab.tasks.forecasting.series import Missing, Series, complete, missing_of, told
 from trimtab.tasks.forecasting.sets import BENCHMARKS, find_series
 from trimtab.tasks.forecasting.splits import SHARES, Split, check_split
 from trimtab.tasks.forecasting.toy import is_toy, toy_parts
@@ -80,6 +80,8 @@ class ForecastingRecipe(Recipe):
         parts = parts_of(
             complete(series, self.missing, self.missing_value), self.model.lookback, self.model.horizon, split
         )
+        if counts:
+            warn(f"{series.name}: missing values, which take the last value before: {told(counts)}")
         return replace(parts, facts={**parts.facts, "missing": counts})
 
     def make_model(self, channels: int) -> nn.Module:

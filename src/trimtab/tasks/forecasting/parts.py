@@ -105,9 +105,9 @@ def _facts(series: Series, scaler: Scaler, steps: dict[str, int]) -> dict[str, A
     }
     for columns, what in found.values():
         if columns:
-            _warn(f"{series.name}: columns that {what}: {', '.join(columns)}")
+            warn(f"{series.name}: columns that {what}: {', '.join(columns)}")
     if series.uneven:
-        _warn(f"{series.name}: {series.uneven:,} steps are longer or shorter than the others, and count like them")
+        warn(f"{series.name}: steps longer or shorter than the others, which count like them: {series.uneven:,}")
     return {
         "columns": list(series.columns),
         "steps": steps,
@@ -117,7 +117,7 @@ def _facts(series: Series, scaler: Scaler, steps: dict[str, int]) -> dict[str, A
     }
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Tell of what was found in a series; of several processes the first one does."""
     if os.environ.get("RANK", "0") == "0":
         _log.warning("%s", message)

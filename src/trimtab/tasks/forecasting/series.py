@@ -1,8 +1,8 @@
 """A series of numbers in columns, and what becomes of the missing ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from trimtab.words import nearest
 
 Missing = Literal["refuse", "previous"]
 Numbers = NDArray[np.float64]
+
+_LARGEST = 1e150  # whose square is a number still
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Series:
         frequency: the usual distance of two times; None if it is not known.
         uneven: how many neighbouring times are another distance apart.
         left_out: columns of its file that hold no numbers.
+        utc: whether its times are in UTC, as those of a file are that tells a time zone.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Series:
     frequency: Frequency | None = None
     uneven: int = 0
     left_out: tuple[str, ...] = ()
+    utc: bool = False
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[0] != len(self.columns):
@@ -99,21 +103,26 @@ def complete(series: Series, missing: Missing = "refuse", mark: float | None = N
         mark: a number that stands for a missing value, such as -9999, beside NaN.
 
     Raises:
-        DataError: values are missing and `missing` is "refuse"; a column has none at all; or one is infinite.
+        DataError: values are missing and `missing` is "refuse"; a column has none at all; or one is infinite, or so
+            large that its square would be.
     """
     counts = missing_of(series, mark)
     if counts and missing == "refuse":
         raise DataError(
-            f"{series.name} lacks values: {_told(counts)}. Fill them in, or take the last value before each: "
+            f"{series.name} lacks values: {told(counts)}. Fill them in, or take the last value before each: "
             "--missing previous"
         )
     for column, count in counts.items():
         if count == series.num_steps:
             raise DataError(f"all values of column {column!r} of {series.name} are missing: leave the column out")
     values = _filled(series.values, _absent(series.values, mark)) if counts else series.values
-    infinite = dict(zip(series.columns, np.isinf(values).sum(axis=1).tolist(), strict=True))
-    if any(infinite.values()):
-        raise DataError(f"{series.name} has infinite values: {_told(infinite)}. Replace them in the file")
+    for what, wrong, advice in (
+        ("infinite values", np.isinf(values), "Replace them"),
+        (f"values beyond {_LARGEST:g}", np.abs(values) > _LARGEST, "Give them in a larger unit"),
+    ):
+        found = dict(zip(series.columns, wrong.sum(axis=1).tolist(), strict=True))
+        if any(found.values()):
+            raise DataError(f"{series.name} has {what}: {told(found)}. {advice}")
     return replace(series, values=values)
 
 
@@ -129,6 +138,7 @@ def _filled(values: Numbers, absent: NDArray[np.bool_]) -> Numbers:
     return np.take_along_axis(values, np.maximum(last, first), axis=1)
 
 
-def _told(counts: dict[str, Any]) -> str:
-    told = [f"{count:,} of column {column!r}" for column, count in counts.items() if count]
-    return ", ".join(told[:3]) + (f" and of {len(told) - 3:,} more columns" if len(told) > 3 else "")
+def told(counts: Mapping[str, int]) -> str:
+    """How many of which column, three of them by name."""
+    each = [f"{count:,} of column {column!r}" for column, count in counts.items() if count]
+    return ", ".join(each[:3]) + (f" and of {len(each) - 3:,} more columns" if len(each) > 3 else "")

@@ -78,7 +78,7 @@ class Scaler:
 
 def fit_scaler(values: Numbers) -> Scaler:
     """The scale of columns, (C, T), by all their values: of the training part only."""
-    constant = (values == values[:, :1]).all(axis=1)
-    # of a constant one the mean is rounded, and its deviation not quite zero
-    mean = np.where(constant, values[:, 0], values.mean(axis=1))
-    return Scaler(mean, np.where(constant, 1.0, values.std(axis=1)), constant)
+    sd = values.std(axis=1)
+    # of a constant one the mean is rounded, and its deviation not quite zero; that of tiny values may be
+    constant = (values == values[:, :1]).all(axis=1) | (sd == 0)
+    return Scaler(np.where(constant, values[:, 0], values.mean(axis=1)), np.where(constant, 1.0, sd), constant)

@@ -109,6 +109,14 @@ def is_date(cell: str) -> bool:
     return True
 
 
+def tells_zone(cell: str) -> bool:
+    """Whether a date tells how far it is from UTC, as 2024-12-31T23:59:00+01:00 does."""
+    try:
+        return datetime.fromisoformat(cell).tzinfo is not None
+    except ValueError:
+        return False
+
+
 def check_order(times: Times, where: Callable[[int], str]) -> None:
     """Refuse times that do not rise.
 
@@ -123,7 +131,7 @@ def check_order(times: Times, where: Callable[[int], str]) -> None:
             shown = [str(time).replace("T", " ").removesuffix(".000000") for time in times[first : first + 2]]
             raise DataError(
                 f"{where(first + 1)}: {shown[1]} comes {what} {shown[0]} ({len(places):,} such places): sort the rows "
-                "by time, and leave one for each time"
+                "by time, and leave one for each time; where clocks were put back, give times in UTC"
             )
 
 
