@@ -6,13 +6,16 @@
     python benchmarks/depth.py --optimizer lars --depths 6,18    # likewise, by LARS
     python benchmarks/depth.py --steps 1200 --depths 18          # other lengths are tables of their own, too
     python benchmarks/depth.py --bleu 18         # each arm at its best learning rate of the table, to a real BLEU
+    python benchmarks/depth.py --gpu             # wider, longer, more byte pairs: results/depth_gpu
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
 
 On two idle cores a seed takes about 4, 10, 30 and 60 minutes at these depths, four times as long with SGD and twice as
 long with LARS (from the CPU time of short runs on a busy machine, the 100 blocks by their number).
 
 English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500; LARS: 600) of at
-most 1,024 tokens, constant learning rate, no warmup, no dropout. The arms differ in nothing but:
+most 1,024 tokens, constant learning rate, no warmup, no dropout. With --gpu: 256 features, 4 heads, 8,000 byte
+pairs, 1,000 steps (SGD: 3,000; LARS: 2,000) of 4,096 tokens, 13 to 186 million parameters, 100 GB of
+checkpoints. The arms differ in nothing but:
 
   post-LN     Vaswani et al.'s, Glorot's start
   pre-LN      the norms before the branches, one after the last block
@@ -36,10 +39,11 @@ writes results/depth_bleu.json.
 import json
 import math
 import statistics
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grids
 import measure
@@ -54,7 +58,6 @@ from trimtab.tasks.translation.pairs import find_corpus
 from trimtab.tasks.translation.sentences import Sentences, load_encoded
 from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
-from trimtab.train.hardware import Hardware
 
 LRS = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -62,22 +65,35 @@ LRS = {
     "lars": (0.003, 0.01, 0.03, 0.1, 0.3),  # of gammas and biases; the weights move by a tenth of it of their norm
 }
 STEPS = {"adam": 300, "sgd": 1500, "lars": 600}
-VOCABULARY = 2000
+STEPS_GPU = {"adam": 1000, "sgd": 3000, "lars": 2000}
 MARGIN = 0.1  # nats a token below the unigram model's loss
 
 
-def arms(depth: int, optimizer: str, steps: int) -> dict[str, TranslationRecipe]:
+class Size(NamedTuple):
+    """What does not depend on depth; tokens are those of a step."""
+
+    dim: int
+    num_heads: int
+    vocabulary: int
+    tokens: int
+
+
+SIZE = Size(32, 2, 2000, 1024)
+SIZE_GPU = Size(256, 4, 8000, 4096)
+
+
+def arms(depth: int, optimizer: str, steps: int, size: Size = SIZE) -> dict[str, TranslationRecipe]:
     post = TranslationRecipe(
         data="multi30k",
         source="en",
         target="de",
         model=EncoderDecoderConfig(
-            source_vocab=VOCABULARY,
-            target_vocab=VOCABULARY,
-            dim=32,
+            source_vocab=size.vocabulary,
+            target_vocab=size.vocabulary,
+            dim=size.dim,
             encoder_depth=depth,
             decoder_depth=depth,
-            num_heads=2,
+            num_heads=size.num_heads,
             dropout=0.0,
         ),
         max_length=50,
@@ -87,7 +103,7 @@ def arms(depth: int, optimizer: str, steps: int) -> dict[str, TranslationRecipe]
         trust_coefficient=0.1 if optimizer == "lars" else 1e-3,
         betas=(0.9, 0.98),
         steps=steps,
-        batch_tokens=1024,
+        batch_tokens=size.tokens,
         watch_every=max(1, steps // 10),
         eval_every=steps,
         checkpoint_every=max(1, steps // 3),
@@ -103,27 +119,30 @@ def arms(depth: int, optimizer: str, steps: int) -> dict[str, TranslationRecipe]
 
 
 def main() -> None:
-    parser = grids.options(__doc__, seeds=1)
+    parser = grids.options(__doc__, seeds=1, gpu=True)
     parser.add_argument("--depths", default="6,18,50,100", help="blocks of the encoder, and of the decoder")
     parser.add_argument("--optimizer", choices=LRS, default="adam")
     parser.add_argument("--bleu", type=int, metavar="DEPTH", help="train the arms of this depth on, to a BLEU")
-    parser.add_argument("--steps", type=int, help="300 by default, SGD 1,500, LARS 600, with --bleu 3,000")
+    parser.add_argument("--steps", type=int, help="those said above by default; with --bleu 3,000")
     arguments = parser.parse_args()
     if arguments.bleu:
         to_bleu(arguments)
         return
-    optimizer = arguments.optimizer
-    steps = 4 if arguments.quick else arguments.steps or STEPS[optimizer]
-    own = f"_{steps}_steps" if arguments.steps and steps != STEPS[optimizer] else ""
+    optimizer, size = arguments.optimizer, SIZE_GPU if arguments.gpu else SIZE
+    usual = (STEPS_GPU if arguments.gpu else STEPS)[optimizer]
+    steps = arguments.steps or usual
+    if arguments.quick:
+        steps = 2 if arguments.gpu else 4  # on a CPU
+    own = f"_{steps}_steps" if arguments.steps and steps != usual else ""
     name, folder = grids.place("depth" + f"_{optimizer}" * (optimizer != "adam") + own, arguments)
     depths = (2, 3) if arguments.quick else tuple(map(int, arguments.depths.split(",")))
     seeds = range(1 if arguments.quick else arguments.seeds)
-    unigram = unigram_loss()
+    unigram = unigram_loss(size.vocabulary)
     results: dict[str, Any] = {"steps": steps, "seeds": list(seeds), "unigram_loss": unigram, "table": [], "runs": []}
     lrs = LRS[optimizer][1:2] if arguments.quick else LRS[optimizer]
     for depth in sorted(depths):
-        chosen = arms(depth, optimizer, steps)
-        places = grid(chosen, lrs, seeds, folder / str(depth), arguments.jobs)
+        chosen = arms(depth, optimizer, steps, size)
+        places = grid(chosen, lrs, seeds, folder / str(depth), arguments)
         runs = [row(place, unigram) for place in places]
         results["runs"] += runs
         results["table"] += [summary(arm, lrs, [run for run in runs if run["arm"] == arm]) for arm in chosen]
@@ -135,27 +154,27 @@ def main() -> None:
 
 
 def grid(
-    chosen: dict[str, TranslationRecipe], lrs: Sequence[float], seeds: Sequence[int], folder: Path, jobs: int | None
+    chosen: dict[str, TranslationRecipe], lrs: Sequence[float], seeds: Sequence[int], folder: Path, options: Namespace
 ) -> list[RunPlace]:
     return compare(
         chosen,
         lrs,
         seeds,
         folder,
-        jobs=jobs,
+        jobs=options.jobs,
         on_news=grids.teller(len(chosen) * len(lrs) * len(seeds), folder.name),
-        hardware=Hardware(accelerator="cpu"),
+        hardware=grids.hardware(options),
         facts={"recipe_name": "translate-multi30k"},
     )
 
 
-def unigram_loss() -> float:
+def unigram_loss(vocabulary: int) -> float:
     """Nats a token on the validation set, ends included, of the frequencies in training, one added to each count."""
     corpus = find_corpus("multi30k", "en", "de")
-    encoded = load_encoded(corpus, VOCABULARY, VOCABULARY, joint=True)
+    encoded = load_encoded(corpus, vocabulary, vocabulary, joint=True)
 
     def counts(sentences: Sentences) -> np.ndarray[Any, Any]:
-        found = np.bincount(sentences.tokens, minlength=VOCABULARY).astype(np.float64)
+        found = np.bincount(sentences.tokens, minlength=vocabulary).astype(np.float64)
         found[END] += len(sentences.lengths)
         return found
 
@@ -266,20 +285,19 @@ def verdict(table: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def to_bleu(arguments: Any) -> None:
+def to_bleu(arguments: Namespace) -> None:
     """Train each arm of a depth for longer, from the start, at its best learning rate, with a cosine."""
     depth, steps = arguments.bleu, 20 if arguments.quick else arguments.steps or 3000
-    table = json.loads((measure.RESULTS / f"depth{'_quick' * arguments.quick}.json").read_text("utf8"))["table"]
+    before, _ = grids.place("depth", arguments)
+    table = json.loads((measure.RESULTS / f"{before}.json").read_text("utf8"))["table"]
     best = {e["arm"]: e["best_lr"] for e in table if e["depth"] == depth}
     if not best:
         raise SystemExit(f"the table has no depth of {depth}: python benchmarks/depth.py --depths {depth} comes first")
     name, folder = grids.place("depth_bleu", arguments)
     found = []
-    for arm, recipe in arms(depth, "adam", steps).items():
+    for arm, recipe in arms(depth, "adam", steps, SIZE_GPU if arguments.gpu else SIZE).items():
         recipe = replace(recipe, schedule="cosine", decode="test", beam=4)
-        for place in grid(
-            {arm: recipe}, [best[arm]], range(arguments.seeds), folder / f"{depth}-{arm}", arguments.jobs
-        ):
+        for place in grid({arm: recipe}, [best[arm]], range(arguments.seeds), folder / f"{depth}-{arm}", arguments):
             result = read_run(place.folder).result or {}
             test = result.get("test", {})
             found.append({

@@ -2,13 +2,15 @@
 
     python benchmarks/depth_lm.py                # 180 runs, about 4 hours on 2 idle cores; killed, it goes on
     python benchmarks/depth_lm.py --seeds 1      # the smallest useful table, about 80 minutes
+    python benchmarks/depth_lm.py --gpu          # larger models, longer texts and runs: results/depth_lm_gpu
     python benchmarks/depth_lm.py --quick        # 4 and 8 layers, one learning rate, one seed, 10 steps: does it run?
 
 GPTs on byte pairs of WikiText-2 (1,024 tokens, context 64), as deep as they are narrow: 12 layers of 96 features, 24 of
 68, 48 of 48, 96 of 34, 1.4 million parameters each, two heads, pre-LN. 300 steps of 16 windows, AdamW, constant
 learning rate after a warmup of 30 steps, no clipping, which would hide what gradients do. GPT-2's start, its standard
 deviation of 0.02 at 768 features times sqrt(768 / width), so that a layer's output is as large as there; residual
-branches shrunk by (2 · depth)^-½. The arms:
+branches shrunk by (2 · depth)^-½. With --gpu: four times as wide, 22 million
+parameters each, heads of 64 to 68 features, 4,096 tokens, context 256, 1,000 steps of 32 windows. The arms:
 
   vanilla        that model
   sigma          sigma-Reparam with gamma 1 on every layer; LayerNorm stays
@@ -51,11 +53,11 @@ from trimtab.tasks.language import LanguageRecipe
 from trimtab.tasks.task import Task
 from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
-from trimtab.train.hardware import Hardware
 
 EVEN = 0.75  # growth that keeps at least this share of its rate in the second half of the layers is exponential
 ONE = " (one seed)"
 WIDTHS = {12: 96, 24: 68, 48: 48, 96: 34}
+WIDER = 4  # times, with --gpu
 LRS = (1e-3, 3e-3, 1e-2)
 STABILIZERS = {
     "vanilla": "none",
@@ -74,16 +76,18 @@ class HeldOut(LanguageRecipe):
         return replace(super().task(), test=None)
 
 
-def recipe(depth: int, width: int, *, quick: bool) -> HeldOut:
+def recipe(depth: int, width: int, *, gpu: bool = False, quick: bool) -> HeldOut:
     """The vanilla model of one depth."""
-    steps, every = (10, 2) if quick else (300, 5)
+    steps, every = (1000, 5) if gpu else (300, 5)
+    if quick:
+        steps, every = (2, 1) if gpu else (10, 2)  # --quick is for a CPU
     std = 0.02 * math.sqrt(768 / width)
     model = GPTConfig(
-        1024,
-        context=64,
+        4096 if gpu else 1024,
+        context=256 if gpu else 64,
         dim=width,
         depth=depth,
-        num_heads=2,
+        num_heads=width // 64 if gpu else 2,
         init_std=std,
         embedding_std=std,
         position_std=std / 2,
@@ -93,7 +97,7 @@ def recipe(depth: int, width: int, *, quick: bool) -> HeldOut:
         data="wikitext-2",
         tokens="bpe",
         model=model,
-        batch_size=16,
+        batch_size=32 if gpu else 16,
         accumulate=2,  # two halves of a batch tell how much gradients differ
         steps=steps,
         warmup_steps=steps // 10,
@@ -101,18 +105,21 @@ def recipe(depth: int, width: int, *, quick: bool) -> HeldOut:
         eval_every=steps,
         checkpoint_every=steps,
         keep=1,
-        evaluation_tokens=2_000 if quick else 20_000,
+        evaluation_tokens=2_000 if quick else 100_000 if gpu else 20_000,
     )
 
 
 def main() -> None:
-    arguments = grids.options(__doc__, seeds=3).parse_args()
+    arguments = grids.options(__doc__, seeds=3, gpu=True).parse_args()
     name, folder = grids.place("depth_lm", arguments)
     widths = {4: 24, 8: 16} if arguments.quick else WIDTHS
+    widths = {depth: width * (WIDER if arguments.gpu else 1) for depth, width in widths.items()}
     lrs = LRS[:1] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
     chosen = {
-        f"{depth} layers, {arm}": replace(recipe(depth, width, quick=arguments.quick), stabilizer=stabilizer)
+        f"{depth} layers, {arm}": replace(
+            recipe(depth, width, gpu=arguments.gpu, quick=arguments.quick), stabilizer=stabilizer
+        )
         for depth, width in widths.items()
         for arm, stabilizer in STABILIZERS.items()
     }
@@ -123,7 +130,7 @@ def main() -> None:
         folder,
         jobs=arguments.jobs,
         on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
-        hardware=Hardware(accelerator="cpu"),
+        hardware=grids.hardware(arguments),
         facts={"recipe_name": "gpt-wikitext2-bpe"},
     )
     runs = [row(place) for place in places]

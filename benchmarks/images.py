@@ -4,7 +4,7 @@
     python benchmarks/images.py cifar10
     python benchmarks/images.py fashion --arms nothing --seeds 20    # this one and the baseline: a narrower interval
     python benchmarks/images.py fashion --quick      # every arm, one setting, one seed, 20 steps: does it run?
-    python benchmarks/images.py cifar10 --large      # a larger model and budget, for a GPU
+    python benchmarks/images.py cifar10 --gpu        # a larger model and budget: results/images_cifar10_gpu
 
 It is held against the tuned design that has them all, and against what could explain it away. All arms have the same
 sizes, examples, budget and cosine schedule, from Glorot's start:
@@ -27,6 +27,7 @@ t. Writes results/images_<data>.json (with some arms only, images_<data>_<arms>.
 """
 
 import statistics
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,6 @@ from trimtab.report.runlog import read_run
 from trimtab.tasks.images import ImagesRecipe
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.compare.running import finished, run_places
-from trimtab.train.hardware import Hardware
 
 Setting = Mapping[str, Any]
 TUNING_SEED = 0
@@ -80,12 +80,12 @@ ARMS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
 }
 
 
-def recipe(data: str, large: bool, quick: bool) -> ImagesRecipe:
+def recipe(data: str, gpu: bool, quick: bool) -> ImagesRecipe:
     """What all arms share."""
     side, channels = {"fashion": (28, 1), "cifar10": (32, 3)}[data]
-    sizes = {"dim": 192, "depth": 9, "num_heads": 3} if large else {"dim": 64, "depth": 4, "num_heads": 4}
-    patch = 4 if large else side // 4  # 16 tokens on a CPU
-    steps = 20 if quick else 20_000 if large else 1_000
+    sizes = {"dim": 192, "depth": 9, "num_heads": 3} if gpu else {"dim": 64, "depth": 4, "num_heads": 4}
+    patch = 4 if gpu else side // 4  # 16 tokens on a CPU
+    steps = 20 if quick else 20_000 if gpu else 1_000
     return ImagesRecipe(
         data={"fashion": "fashion-mnist", "cifar10": "cifar10-jpeg"}[data],
         model=ViTConfig(
@@ -127,13 +127,13 @@ def score(place: RunPlace) -> float:
     return result.metrics.get("accuracy", -1.0) if result and result.status == "finished" else -1.0
 
 
-def tuned(folder: Path, arms: Sequence[str], shared: ImagesRecipe, quick: bool, jobs: int | None) -> dict[str, Setting]:
+def tuned(folder: Path, arms: Sequence[str], shared: ImagesRecipe, options: Namespace) -> dict[str, Setting]:
     """The best setting of each arm; the first of several that are equal."""
-    settings = {arm: ARMS[arm][2][: 1 if quick else None] for arm in arms}
+    settings = {arm: ARMS[arm][2][: 1 if options.quick else None] for arm in arms}
     places = {
         arm: [planned(folder, arm, shared, setting, TUNING_SEED, "tuning") for setting in settings[arm]] for arm in arms
     }
-    run([place for arm in arms for place in places[arm]], jobs)
+    run([place for arm in arms for place in places[arm]], options)
     best = {}
     for arm in arms:
         scores = [score(place) for place in places[arm]]
@@ -141,8 +141,8 @@ def tuned(folder: Path, arms: Sequence[str], shared: ImagesRecipe, quick: bool, 
     return best
 
 
-def run(places: Sequence[RunPlace], jobs: int | None) -> None:
-    run_places(places, jobs=jobs, on_news=grids.teller(len(places)), hardware=Hardware())
+def run(places: Sequence[RunPlace], options: Namespace) -> None:
+    run_places(places, jobs=options.jobs, on_news=grids.teller(len(places)), hardware=grids.hardware(options))
 
 
 def row(place: RunPlace, stage: str) -> dict[str, Any]:
@@ -235,25 +235,24 @@ def picture(table: Mapping[str, dict[str, Any]], title: str, path: Path) -> None
 
 
 def main() -> None:
-    parser = grids.options(__doc__)
+    parser = grids.options(__doc__, gpu=True)
     parser.add_argument("data", choices=["fashion", "cifar10"])
     parser.add_argument("--arms", help="with the baseline: names joined by commas; all by default")
-    parser.add_argument("--large", action="store_true")
     arguments = parser.parse_args()
-    name, folder = grids.place(f"images_{arguments.data}{'_large' * arguments.large}", arguments)
+    name, folder = grids.place(f"images_{arguments.data}", arguments)
     wanted = arguments.arms.split(",") if arguments.arms else list(ARMS)
     if arguments.arms:
         name = "_".join([name, *wanted])
     if unknown := sorted(set(wanted) - set(ARMS)):
         parser.error(f"unknown arm {unknown[0]}; there are: {', '.join(ARMS)}")
     arms = [arm for arm in ARMS if arm in wanted or arm == "baseline"]
-    shared = recipe(arguments.data, arguments.large, arguments.quick)
+    shared = recipe(arguments.data, arguments.gpu, arguments.quick)
 
-    best = tuned(folder, arms, shared, arguments.quick, arguments.jobs)
+    best = tuned(folder, arms, shared, arguments)
     seeds = range(1, 2 if arguments.quick else arguments.seeds + 1)
     # seed by seed, so that what is there after a while is a fair table too
     tests = [planned(folder, arm, shared, best[arm], seed, "test") for seed in seeds for arm in arms]
-    run(tests, arguments.jobs)
+    run(tests, arguments)
 
     quick = arguments.quick
     tunings = [

@@ -49,7 +49,6 @@ from trimtab.tasks.language import LanguageRecipe
 from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.folder import ERROR
-from trimtab.train.hardware import Hardware
 
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 ARMS = {
@@ -90,10 +89,8 @@ def recipe(size: tuple[int, int, int], steps: int, context: int, batch_size: int
 
 
 def main() -> None:
-    parser = grids.options(__doc__)
-    parser.add_argument("--gpu", action="store_true", help="larger models and longer runs; results/language_gpu")
-    arguments = parser.parse_args()
-    name, folder = grids.place("language_gpu" if arguments.gpu else "language", arguments)
+    arguments = grids.options(__doc__, gpu=True).parse_args()
+    name, folder = grids.place("language", arguments)
     sizes, budget = (SIZES_GPU, (2000, 256, 64)) if arguments.gpu else (SIZES, (250, 64, 16))
     recipes = {size: recipe(sizes[size], 10 if arguments.quick else budget[0], *budget[1:]) for size in sizes}
     lrs, seeds = (LRS[3:4], 1) if arguments.quick else (LRS, arguments.seeds)
@@ -109,7 +106,7 @@ def main() -> None:
                 folder / size.replace(" × ", "x"),
                 jobs=arguments.jobs,
                 on_news=lambda run, news, size=size: tell(f"{size}, {run}", news),
-                hardware=Hardware(accelerator="auto" if arguments.gpu else "cpu"),
+                hardware=grids.hardware(arguments),
                 facts={"recipe_name": "gpt-shakespeare"},
             )
     runs = {size: [row(place) for place in of_size] for size, of_size in places.items()}

@@ -2,6 +2,7 @@
 
     python benchmarks/tev.py                # 54 runs, about 50 minutes on 2 idle cores; killed, it goes on
     python benchmarks/tev.py --seeds 1      # the smallest useful table, about 17 minutes
+    python benchmarks/tev.py --gpu          # the models and runs of depth_lm.py --gpu: results/tev_gpu
     python benchmarks/tev.py --quick        # 4 layers, two learning rates, one seed, 10 steps: does it run?
 
 Chung et al. (arXiv 2409.07787) propose TEV, the standard deviation of the entries of each token's embedding, as a cheap
@@ -48,7 +49,6 @@ from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.report.runlog import Floats, Run, number, read_run
 from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
-from trimtab.train.hardware import Hardware
 from trimtab.watch.signals import embedding_variability
 from trimtab.watch.signals.gradients import gradient_moments
 
@@ -60,13 +60,15 @@ VARIANCES = ("entries, blocks", "entries, shallow", "entries, embedding", "batch
 
 
 def main() -> None:
-    arguments = grids.options(__doc__, seeds=3).parse_args()
+    arguments = grids.options(__doc__, seeds=3, gpu=True).parse_args()
     name, folder = grids.place("tev", arguments)
     widths = {4: 24} if arguments.quick else {depth: depth_lm.WIDTHS[depth] for depth in DEPTHS}
+    widths = {depth: width * (depth_lm.WIDER if arguments.gpu else 1) for depth, width in widths.items()}
     lrs = LRS[2:4] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
     chosen = {
-        f"{depth} layers": depth_lm.recipe(depth, width, quick=arguments.quick) for depth, width in widths.items()
+        f"{depth} layers": depth_lm.recipe(depth, width, gpu=arguments.gpu, quick=arguments.quick)
+        for depth, width in widths.items()
     }
     places = compare(
         chosen,
@@ -75,13 +77,13 @@ def main() -> None:
         folder,
         jobs=arguments.jobs,
         on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
-        hardware=Hardware(accelerator="cpu"),
+        hardware=grids.hardware(arguments),
         facts={"recipe_name": "gpt-wikitext2-bpe"},
     )
     series = [curves(read_run(place.folder)) for place in places]
     runs = [row(place, each) for place, each in zip(places, series, strict=True)]
     table = correlations(runs, series)
-    cost = costs(quick=arguments.quick)
+    cost = costs("cuda" if arguments.gpu and torch.cuda.is_available() else "cpu", quick=arguments.quick)
     show(table, cost)
     print("\n".join(verdict(table, cost)))
     results = {"settings": {"widths": widths, "lr": lrs, "seeds": list(seeds)}, "correlations": table, "cost": cost}
@@ -179,15 +181,15 @@ def _after_warmup(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return x[known], y[known]
 
 
-def costs(*, quick: bool) -> dict[str, dict[str, float]]:
+def costs(device: str, *, quick: bool) -> dict[str, dict[str, float]]:
     """Ratios of times: each over a training step, and TEV over the variance over entries."""
     sizes = {"small": GPTConfig(1024, context=64, dim=96, depth=12, num_heads=2)}
     if not quick:
         sizes["GPT-2"] = GPTConfig(50257, context=64, dim=768, depth=12, num_heads=12)
     found = {}
     for name, config in sizes.items():
-        model = GPT(config)
-        tokens = torch.randint(config.vocab_size or 1, (16 if name == "small" else 1, 65))
+        model = GPT(config).to(device)
+        tokens = torch.randint(config.vocab_size or 1, (16 if name == "small" else 1, 65), device=device)
         parameters = dict(model.named_parameters())
 
         def step(model: GPT = model, tokens: torch.Tensor = tokens) -> None:
@@ -202,10 +204,10 @@ def costs(*, quick: bool) -> dict[str, dict[str, float]]:
 
         step()
         rounds = 2 if quick else 20
-        found[name] = {"tev / entries": statistics.median(measure.paired(entries, tev, rounds, "cpu"))}
+        found[name] = {"tev / entries": statistics.median(measure.paired(entries, tev, rounds, device))}
         if name == "small":  # a step of one window says nothing of a real one
-            found[name]["tev / step"] = statistics.median(measure.paired(step, tev, rounds, "cpu"))
-            found[name]["entries / step"] = statistics.median(measure.paired(step, entries, rounds, "cpu"))
+            found[name]["tev / step"] = statistics.median(measure.paired(step, tev, rounds, device))
+            found[name]["entries / step"] = statistics.median(measure.paired(step, entries, rounds, device))
     return found
 
 

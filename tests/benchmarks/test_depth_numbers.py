@@ -18,6 +18,8 @@ def test_models_of_all_depths_have_one_size(bench: Callable[[str], ModuleType]) 
     for depth, width in depth_lm.WIDTHS.items():
         model = depth_lm.recipe(depth, width, quick=False).model
         assert (model.depth, model.dim) == (depth, width)
+        larger = depth_lm.recipe(depth, depth_lm.WIDER * width, gpu=True, quick=False).model
+        assert larger.dim // larger.num_heads in (64, 68)
 
 
 def test_growth_tells_exponential_from_equal_steps(bench: Callable[[str], ModuleType]) -> None:

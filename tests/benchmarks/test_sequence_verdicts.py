@@ -28,7 +28,7 @@ def test_language_calls_no_arm_a_cure_that_merely_moves_the_optimum(bench: Calla
 
 def test_speech_tells_the_single_number_from_the_ease(bench: Callable[[str], ModuleType]) -> None:
     speech = bench("speech")
-    chosen = speech.arms("digits", None, quick=True)
+    chosen = speech.arms("digits", None, gpu=False, quick=True)
     assert {arm.removesuffix(", SGD") for arm in chosen["sgd"]} <= set(chosen["adam"])
     assert all(recipe.optimizer == "sgd" for recipe in chosen["sgd"].values())
 

@@ -124,6 +124,6 @@ def test_what_cannot_be_put_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="batch_tokens is for examples that are sequences"):
         train(Small(batch_tokens=100), tmp_path / "none")
     with pytest.raises(RecipeError, match="multiples of 80 examples, and there are 61 in all"):
-        train(Sequences(accumulate=80, batch_size=80, batch_tokens=10_000), tmp_path / "parts")
+        train(Sequences(accumulate=80, batch_tokens=10_000), tmp_path / "parts")
     with pytest.raises(RecipeError, match="batch_tokens must be at least 1"):
         Sequences(batch_tokens=0)

@@ -279,6 +279,9 @@ def test_only_the_first_of_several_processes_shows_anything(
         ("train vit-digits --lr -1", "lr must be a positive number, got -1.0"),
         ("train vit-digits --model.dim 63", "dim"),
         ("train vit-digits --watch-every 7", "eval_every must be a multiple of watch_every"),
+        ("train speech-an4 --batch-size 8", "--batch-size has no effect beside batch_tokens, which is 5200"),
+        ("train speech-an4 --batch-tokens 9 --batch_size=8", "batch_tokens, which is 9"),
+        ("train translate-multi30k --beam 5000", "beam must be at most model.target_vocab, 4,000"),
         ("train vit-digits --strategy dpp", "--strategy must be one of auto, ddp, fsdp; got 'dpp'"),
         (
             "train --form x",
@@ -302,6 +305,15 @@ def test_an_error_is_one_line_and_nothing_is_trained(
     assert out == ""
     assert engine.calls == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_are_counted_where_tokens_are_not(engine: Engine) -> None:
+    words = "--batch-size 8 --batch-tokens None --folder 1", "--batch-tokens 9 --accumulate 5 --folder 2"
+    for each in words:  # 5 micro-batches of tokens; no batch_size has to be a multiple of that
+        assert main(["train", "speech-an4", *each.split()]) == 0
+    one, other = (call[0] for call in engine.calls)
+    assert (one.batch_size, one.batch_tokens) == (8, None)
+    assert (other.accumulate, other.batch_tokens) == (5, 9)
 
 
 def test_a_damaged_run_json_is_named(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,14 @@ def test_silence_is_transcribed_with_a_note(run: Path, tmp_path: Path, capsys: p
     assert told.err == f"note: {silence} is silent, every sample is 0: what is written down is made up\n"
 
 
+def test_a_wide_beam_is_told_to_take_long(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "a.wav", "A")
+    assert main(["transcribe", str(run), file, "--beam", "1000"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{file}: ")
+    assert told.err == "note: a beam of 1,000 may take 200 times as long as one of 5\n"
+
+
 @pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
 def test_recordings_of_data_sets_are_transcribed_beside_what_is_said(
     run: Path, capsys: pytest.CaptureFixture[str]

@@ -87,6 +87,7 @@ def test_what_cannot_be_translated_is_told(run: Path, tmp_path: Path, capsys: py
         ([str(run), str(tmp_path / "bad.en")], "line 2 of"),
         ([str(run), str(tmp_path / "none.en")], "cannot be read (No such file"),
         ([str(run), "--beam", "0"], "--beam must be at least 1, got 0"),
+        ([str(run), "--beam", "10000"], "beam must be at most model.target_vocab, "),
         ([str(run), "--length-penalty", "-1"], "--length-penalty must be at least 0 and finite, got -1"),
         ([], "trimtab translate needs RUN"),
     ):
@@ -96,6 +97,13 @@ def test_what_cannot_be_translated_is_told(run: Path, tmp_path: Path, capsys: py
     train(images, tmp_path / "images", hardware=Hardware(accelerator="cpu"))
     assert main(["translate", str(tmp_path / "images")]) == 2
     assert "holds a run of ImagesRecipe; expected one of TranslationRecipe" in capsys.readouterr().err
+
+
+def test_a_wide_beam_is_told_to_take_long(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines.en").write_text("\n", encoding="utf-8")
+    for beam, told in (("100", ""), ("250", "note: a beam of 250 may take 50 times as long as one of 5\n")):
+        assert main(["translate", str(run), str(tmp_path / "lines.en"), "--beam", beam]) == 0
+        assert capsys.readouterr() == ("\n", told)
 
 
 def test_a_run_without_its_vocabulary(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,8 +48,7 @@ def launched(hardware: Hardware, precision: Precision) -> Iterator["Fabric"]:
     several = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     processes = int(os.environ["WORLD_SIZE"]) if several else 1
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if several else 1
-    gpu = _wants_gpu(hardware)
-    _check(hardware, precision, processes, gpu)
+    gpu = checked(hardware, precision, processes)
     joined_before = several and dist.is_initialized()
     with _quietly():
         fabric = Fabric(
@@ -111,14 +110,13 @@ def _quietly() -> Iterator[None]:
         fabrics.setLevel(level)
 
 
-def _wants_gpu(hardware: Hardware) -> bool:
-    there = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if hardware.accelerator == "gpu" and not there:
-        raise RecipeError('accelerator "gpu" was asked for, and torch finds no GPU here: use "cpu", or "auto"')
-    return torch.cuda.is_available() if hardware.accelerator == "auto" else hardware.accelerator == "gpu"
+def checked(hardware: Hardware, precision: Precision, processes: int = 1) -> bool:
+    """Whether it is a GPU.
 
-
-def _check(hardware: Hardware, precision: Precision, processes: int, gpu: bool) -> None:
+    Raises:
+        RecipeError: the machine has no such hardware, or not at this precision.
+    """
+    gpu = _wants_gpu(hardware)
     if precision == "fp16" and not gpu:
         raise RecipeError('precision "fp16" needs a GPU: use "bf16" or "32" on a CPU')
     if hardware.strategy == "fsdp" and precision == "fp16":
@@ -128,6 +126,14 @@ def _check(hardware: Hardware, precision: Precision, processes: int, gpu: bool) 
             f"strategy {hardware.strategy!r} shares the work of several processes, and there is one: "
             f"start them with `torchrun --nproc-per-node 2 -m trimtab train ... --strategy {hardware.strategy}`"
         )
+    return gpu
+
+
+def _wants_gpu(hardware: Hardware) -> bool:
+    there = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if hardware.accelerator == "gpu" and not there:
+        raise RecipeError('accelerator "gpu" was asked for, and torch finds no GPU here: use "cpu", or "auto"')
+    return torch.cuda.is_available() if hardware.accelerator == "auto" else hardware.accelerator == "gpu"
 
 
 def _strategy(hardware: Hardware, processes: int) -> Any:

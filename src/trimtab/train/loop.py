@@ -98,7 +98,7 @@ def train(
         interruption = whole_run.enter_context(Interruption(1.0 if fabric.world_size > 1 else 0.0))
         whole_run.enter_context(numerics(used.seed, fabric.device))
         task = used.task()
-        _check(used, task, fabric.world_size)
+        check_fit(used, task, fabric.world_size)
         stabilize_(task.model, used.stabilizer, changes_made=True)
         run |= task.facts
         write_files(Path(folder), task.files)
@@ -254,8 +254,12 @@ def _description(recipe: Recipe, fabric: "Fabric", hardware: Hardware) -> dict[s
     }
 
 
-def _check(recipe: Recipe, task: Task, processes: int) -> None:
-    """Refuse what does not fit together."""
+def check_fit(recipe: Recipe, task: Task, processes: int = 1) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        RecipeError: the task is none, or too small for the recipe.
+    """
     if not isinstance(task, Task):
         raise RecipeError(f"{type(recipe).__name__}.task must return a Task, it returned {type(task).__name__}")
     if recipe.batch_tokens is None:  # or else the loader knows

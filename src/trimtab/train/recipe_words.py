@@ -27,7 +27,7 @@ def recipe_and_options(
         description: one line for its help; the first of the recipe's class by default.
 
     Raises:
-        RecipeError: a field is out of range, or is called like one of the options.
+        RecipeError: a field is out of range, has no effect beside another, or is called like one of the options.
         WordsError: a field is unknown or ill-typed.
     """
     import tyro
@@ -46,6 +46,12 @@ def recipe_and_options(
         frozen=True,
     )
     parsed: Any = parse_words(both, words, prog=prog, description=description or _first_line(recipe))
+    flags = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--batch-size" in flags and parsed.recipe.batch_tokens is not None:
+        raise RecipeError(
+            f"--batch-size has no effect beside batch_tokens, which is {parsed.recipe.batch_tokens} and decides how "
+            "many examples a step has: set --batch-tokens instead, or --batch-tokens None as well"
+        )
     return parsed.recipe, parsed.options
 
 

@@ -21,6 +21,7 @@ from trimtab.tasks.speech.sets.load import features_of
 from trimtab.tasks.speech.sets.samples import SAMPLE_SETS, sample_recordings
 from trimtab.tasks.speech.speech_recipe import SpeechRecipe
 from trimtab.train.trained import load_trained, open_trained
+from trimtab.use.wide_beam import tell_of_wide_beam
 from trimtab.words import WordsError, parse_words
 
 
@@ -82,6 +83,7 @@ def transcribe_command(words: Sequence[str]) -> int:
     known = labels.read_labels(trained.files[labels.FILE])
     language = ngram.read_ngram(trained.files[ngram.FILE]) if ngram.FILE in trained.files else None
     beam = recipe.beam if options.beam is None else _of_width(recipe.beam, options.beam)
+    tell_of_wide_beam(beam.width)
     model = load_trained(trained, lambda: SpeechEncoder(recipe.model))
     said, heard, wrong = [], [], 0
     for recording in _recordings(options, recipe):

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from trimtab.tasks.translation.sentences import padded, plain_tokenizer
 from trimtab.tasks.translation.translation_recipe import TranslationRecipe, tokenizers_of, translated
 from trimtab.train.buckets import cut
 from trimtab.train.trained import load_trained, open_trained
+from trimtab.use.wide_beam import tell_of_wide_beam
 from trimtab.words import WordsError, parse_words
 
 _TOKENS = 8192  # of the sentences that are translated together, with their padding
@@ -57,6 +58,7 @@ def translate_command(words: Sequence[str]) -> int:
         RunFolderError: the folder is no run of a translation recipe.
         CheckpointError: it has no whole checkpoint, or lacks its vocabulary.
         DataError: the file cannot be read, or the lines are no UTF-8 text.
+        RecipeError: the beam is wider than the vocabulary.
         WordsError: an option is out of range.
     """
     options = parse_words(TranslateOptions, words, prog="trimtab translate")
@@ -78,23 +80,28 @@ def translator(
 
     Args:
         run: its folder.
-        beam: hypotheses of each sentence; None for the recipe's.
+        beam: hypotheses of each sentence; None for the recipe's. More than 100 are told of on stderr, too.
         length_penalty: see `beam_search`; None for the recipe's.
 
     Raises:
         RunFolderError: the folder is no run of a translation recipe.
         CheckpointError: it has no whole checkpoint, or lacks its vocabulary.
+        RecipeError: `beam` or `length_penalty` is out of range.
     """
     trained = open_trained(run, TranslationRecipe)
     recipe = trained.recipe
+    recipe = replace(
+        recipe,
+        beam=recipe.beam if beam is None else beam,
+        length_penalty=recipe.length_penalty if length_penalty is None else length_penalty,
+    )
+    tell_of_wide_beam(recipe.beam)
     texts = tokenizers_of(trained.files)
     if texts is None:
         raise CheckpointError(f"{run} lacks its vocabulary in files/: copy the whole run folder")
     source, target = map(plain_tokenizer, texts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained(trained, lambda: EncoderDecoder(recipe.model)).to(device)
-    chosen_beam = recipe.beam if beam is None else beam
-    penalty = recipe.length_penalty if length_penalty is None else length_penalty
 
     def translate(lines: Sequence[str]) -> list[str]:
         found = [""] * len(lines)
@@ -107,7 +114,7 @@ def translator(
         lengths = torch.tensor([[len(rows[number])] for number in numbers])
         for together in torch.tensor(numbers).split(cut(lengths, _TOKENS, 1)):
             batch = padded([rows[number] for number in together.tolist()]).to(device)
-            tokens = translated(model, batch, recipe.model.target_vocab, chosen_beam, penalty)
+            tokens = translated(model, batch, recipe.model.target_vocab, recipe.beam, recipe.length_penalty)
             for number, text in zip(together.tolist(), decode(target, tokens), strict=True):
                 found[number] = " ".join(text.split())  # one line, whatever the model has written
         return found

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trimtab.errors import RecipeError, RunFolderError
+from trimtab.errors import DataError, RecipeError, RunFolderError
 from trimtab.stabilizers import Stabilizer, register
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
@@ -54,6 +54,7 @@ class Line(Recipe):
         killed_at: learning rate at which the process is killed in the fifth step, if the trace has no file "spared".
         pause: seconds in each batch.
         ballast: bytes held in memory.
+        missing: what is said of the data, which are missing then.
     """
 
     trace: str = ""
@@ -61,6 +62,7 @@ class Line(Recipe):
     killed_at: float = 0.0
     pause: float = 0.0
     ballast: int = 0
+    missing: str = ""
     steps: int = 8
     batch_size: int = 4
     watch: bool = False
@@ -69,6 +71,8 @@ class Line(Recipe):
     checkpoint_every: int = 2
 
     def task(self) -> Task:
+        if self.missing:
+            raise DataError(self.missing)
         x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
         y = x.sum(dim=1, keepdim=True)
         note = Path(self.trace) / f"{self.stabilizer} {self.lr:g} {self.seed}"
@@ -245,7 +249,39 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
 
     with pytest.raises(RecipeError, match="Hidden cannot be sent to another process"):
         compare({"a": Hidden()}, [0.1], [0], folder)
+    gone = Line(missing="the lines are gone")
+    with pytest.raises(DataError, match="the lines are gone"):
+        compare({"a": gone, "b": replace(gone, clip=1.0)}, [0.1, 0.2], [0, 1], folder)
+    with pytest.raises(RecipeError, match="batch_size 20 is larger than the 16 training examples"):
+        compare({"a": Line(batch_size=20)}, [0.1], [0], folder)
+    with pytest.raises(RecipeError, match="strategy 'ddp' shares the work of several processes"):
+        compare({"a": Line()}, [0.1], [0], folder, hardware=Hardware("cpu", "ddp"))
     assert not folder.exists()
+
+
+def test_data_that_one_arm_alone_lacks_stop_no_other(tmp_path: Path) -> None:
+    arms = {"gone": Line(missing="the lines are gone"), "late": Line(missing="not yet there"), "there": Line(steps=2)}
+    heard: dict[str, Any] = {}
+    state = torch.get_rng_state()
+    compare(arms, [0.1], [0], tmp_path, jobs=1, hardware=CPU, on_news=lambda *news: heard.update([news]))
+    assert [heard[f"{arm} lr0.1 seed0"].kind for arm in ("gone", "late")] == ["DataError"] * 2
+    assert heard["there lr0.1 seed0"].status == "finished"
+    assert torch.equal(torch.get_rng_state(), state)  # looking at the data first leaves no trace
+
+
+def test_what_is_finished_needs_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = {"a": Line(steps=2)}
+    compare(arms, [0.1], [0], tmp_path, jobs=1, hardware=CPU)
+
+    def gone(recipe: Line) -> Task:
+        raise DataError("the lines are gone")
+
+    monkeypatch.setattr(Line, "task", gone)
+    heard: list[Any] = []
+    compare(arms, [0.1], [0], tmp_path, jobs=1, hardware=CPU, on_news=lambda _, news: heard.append(news))
+    assert [news.status for news in heard] == ["finished"]
+    with pytest.raises(DataError, match="the lines are gone"):
+        compare(arms, [0.1], [0, 1], tmp_path, jobs=1, hardware=CPU)
 
 
 def test_a_budget_in_seconds_ends_runs_for_good(tmp_path: Path) -> None:

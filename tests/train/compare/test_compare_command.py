@@ -174,6 +174,7 @@ def test_the_runs_are_worth_more_than_their_page(
         ("--stabilizers none --lrs 1e-3 --stabilizer none", "use --stabilizers"),
         ("--stabilizers none --lrs 1e-3 --stepps 3", "unknown field --stepps. Did you mean --steps?"),
         ("--stabilizers none --lrs 1e-3 --jobs 0", "--jobs must be at least 1, got 0"),
+        ("--stabilizers none --lrs 1e-3 --batch-tokens 9 --batch-size 8", "--batch-size has no effect beside"),
         ("--stabilizers none --lrs 1e-3 --jobs two", "--jobs must be a whole number or None; got 'two'"),
     ],
 )
@@ -187,6 +188,15 @@ def test_an_error_is_one_line_and_nothing_is_trained(
     assert err.count("\n") == 1
     assert out == ""
     assert workers.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_are_missing_are_told_once_and_nothing_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "gpt-shakespeare", "--data", "nowhere.txt", *GRID]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no text 'nowhere.txt'. Expected tinyshakespeare")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -50,7 +50,7 @@ SIGMA_PRELN: dict[str, Any] = {
     "schedule": "cosine",
 }
 SIGMA: dict[str, Any] = {**SIGMA_PRELN, "stabilizer": "sigma:gamma_init=one:remove_norms=true"}
-# four blocks bear gammas that start at sigma(W) and then want to move slowly: the best of what benchmarks/images.py tried
+# four blocks bear gammas that start at sigma(W), and then want to move slowly: benchmarks/images.py
 _SHALLOW = {**SIGMA, "stabilizer": "sigma:remove_norms=true", "lr": 0.0003, "trust_coefficient": 6.667}
 
 

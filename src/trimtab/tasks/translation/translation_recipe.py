@@ -55,7 +55,8 @@ class TranslationRecipe(Recipe):
         label_smoothing: share of the target's probability that is spread over the vocabulary in training.
         decode: when sentences are translated and BLEU is measured: at every evaluation ("always"), on the test part
             alone ("test"), or "never"; without it "eval_loss" decides.
-        beam: hypotheses of each sentence in the search on the test part; 1 is greedy.
+        beam: hypotheses of each sentence in the search on the test part, no more than tokens of the target vocabulary;
+            1 is greedy.
         length_penalty: of that search, see `beam_search`.
 
     Raises:
@@ -78,6 +79,11 @@ class TranslationRecipe(Recipe):
         for name in ("max_length", "beam"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.beam > self.model.target_vocab:
+            raise RecipeError(
+                f"beam must be at most model.target_vocab, {self.model.target_vocab:,}, and 4 to 10 are usual; got "
+                f"{self.beam:,}"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
         if not 0 <= self.length_penalty < math.inf:

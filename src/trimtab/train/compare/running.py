@@ -16,6 +16,7 @@ import torch
 from trimtab.errors import RecipeError, RunFolderError, TrimtabError
 from trimtab.stabilizers import Stabilizer, parse
 from trimtab.tasks.recipe import Recipe
+from trimtab.train.compare.check import refuse_if_none_can_begin
 from trimtab.train.compare.folder import open_compare, plain
 from trimtab.train.compare.grid import RunPlace, plan
 from trimtab.train.compare.parcels import pack
@@ -86,6 +87,8 @@ def compare(
 
     Raises:
         RecipeError: the grid is empty or not valid, or a recipe or stabilizer is. Nothing has been written then.
+        TrimtabError: no arm could begin, all for the same reason, such as data that are missing (a `DataError`).
+            Nothing has been written then, either. Runs on a Ray cluster find out for themselves.
         RunFolderError: the folder holds another compare, or something else.
         KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
@@ -94,6 +97,8 @@ def compare(
     facts = dict(facts or {})
     _refuse_no_jobs(jobs)
     _tasks(places, hardware, facts)
+    if ray_address is None:  # other machines have other data
+        refuse_if_none_can_begin([place for place in places if not finished(place)], hardware)
     open_compare(Path(folder), arms, lrs, seeds, facts.get("recipe_name"))
     run_places(places, jobs=jobs, ray_address=ray_address, on_news=on_news, hardware=hardware, facts=facts)
     return places
