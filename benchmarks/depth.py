@@ -66,6 +66,7 @@ LRS = {
 }
 STEPS = {"adam": 300, "sgd": 1500, "lars": 600}
 STEPS_GPU = {"adam": 1000, "sgd": 3000, "lars": 2000}
+PARTS = ("table", "runs")  # of the results, a row for each depth, arm and more
 MARGIN = 0.1  # nats a token below the unigram model's loss
 
 
@@ -138,7 +139,8 @@ def main() -> None:
     depths = (2, 3) if arguments.quick else tuple(map(int, arguments.depths.split(",")))
     seeds = range(1 if arguments.quick else arguments.seeds)
     unigram = unigram_loss(size.vocabulary)
-    results: dict[str, Any] = {"steps": steps, "seeds": list(seeds), "unigram_loss": unigram, "table": [], "runs": []}
+    facts = {"steps": steps, "seeds": list(seeds), "unigram_loss": unigram}
+    results: dict[str, Any] = facts | of_other_depths(name, facts, depths)
     lrs = LRS[optimizer][1:2] if arguments.quick else LRS[optimizer]
     for depth in sorted(depths):
         chosen = arms(depth, optimizer, steps, size)
@@ -146,11 +148,25 @@ def main() -> None:
         runs = [row(place, unigram) for place in places]
         results["runs"] += runs
         results["table"] += [summary(arm, lrs, [run for run in runs if run["arm"] == arm]) for arm in chosen]
+        for part in PARTS:
+            results[part].sort(key=by_depth)
         path = measure.write(name, results)
         draw(results, name)
         show(results["table"], unigram)
         print("\n".join(verdict(results["table"])))
         print(f"written to {path} and {path.with_suffix('.png').name}\n", flush=True)
+
+
+def of_other_depths(name: str, facts: dict[str, Any], depths: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """What an earlier call with as many steps and the same seeds has left of depths that are not run now."""
+    path = measure.RESULTS / f"{name}.json"
+    before = json.loads(path.read_text("utf8")) if path.exists() else {}
+    same = all(before.get(key) == value for key, value in facts.items())
+    return {part: [each for each in before[part] if each["depth"] not in depths] if same else [] for part in PARTS}
+
+
+def by_depth(each: dict[str, Any]) -> int:
+    return int(each["depth"])
 
 
 def grid(

@@ -117,3 +117,16 @@ def test_the_unigram_model_is_that_of_the_frequencies(
         for token in [*tokenizer.encode(line, add_special_tokens=False).ids, 2]
     ]
     assert depth.unigram_loss(290) == pytest.approx(sum(losses) / len(losses))
+
+
+def test_depths_of_earlier_calls_stay_in_the_results(
+    depth: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depth.measure, "RESULTS", tmp_path)
+    facts = {"steps": 300, "seeds": [0], "unigram_loss": 5.25}
+    assert depth.of_other_depths("depth", facts, [6]) == {"table": [], "runs": []}
+    rows = [{"depth": number} for number in (6, 18, 50)]
+    depth.measure.write("depth", facts | {"table": rows, "runs": rows})
+    others = [{"depth": 6}, {"depth": 50}]
+    assert depth.of_other_depths("depth", facts, [18]) == {"table": others, "runs": others}
+    assert depth.of_other_depths("depth", facts | {"seeds": [0, 1]}, [18]) == {"table": [], "runs": []}
