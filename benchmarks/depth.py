@@ -250,7 +250,7 @@ def summary(arm: str, lrs: Sequence[float], runs: Sequence[dict[str, Any]]) -> d
         "depth": runs[0]["depth"],
         "arm": arm,
         "trained": statistics.fmean(run["trained"] for run in runs),
-        "trained_by_lr": {lr: statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
+        "trained_by_lr": {f"{lr:g}": statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
         "best_lr": best,
         "loss": statistics.median(run["loss"] for run in at(best)),
         "entropy_min": min(entropies, default=None),
@@ -285,12 +285,12 @@ def verdict(table: Sequence[dict[str, Any]]) -> list[str]:
     for optimizer, depth in dict.fromkeys((each["optimizer"], each["depth"]) for each in table):
         ours = {each["arm"]: each for each in table if (each["optimizer"], each["depth"]) == (optimizer, depth)}
         trains = {arm: {lr for lr, share in each["trained_by_lr"].items() if share > 0.5} for arm, each in ours.items()}
-        rescued = sorted(trains["sigma"] - trains["post-LN"])
+        rescued = sorted(trains["sigma"] - trains["post-LN"], key=float)
         beyond = [lr for lr in rescued if lr not in trains["init-scale"]]
         if rescued:
             tried = len(ours["sigma"]["trained_by_lr"])
             where = f"at {len(rescued)} of {tried} learning rates sigma trains and post-LN does not; "
-            where += f"of these the start alone does not explain {', '.join(f'{lr:g}' for lr in beyond) or 'any'}"
+            where += f"of these the start alone does not explain {', '.join(beyond) or 'any'}"
         elif trains["sigma"]:
             where = "sigma trains nowhere that post-LN does not"
         else:
