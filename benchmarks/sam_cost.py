@@ -16,22 +16,17 @@ plain backwards before one step of AdamW: what cannot be saved.
 Writes results/sam_cost_cpu.json or _cuda.json.
 """
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
+import step_costs
 import torch
 import torch.nn.functional as F
 from measure import paired, rows_so_far, spread, write
 from torch import Tensor
-from watch_cost import GPT
 
 import trimtab as tt
-from trimtab.models.vit import ViT
-from trimtab.tasks.images import vit_digits
 
 LIMIT = 2.05
 LR = 1e-4
@@ -41,15 +36,7 @@ ARMS = ("two backwards", *OURS, "pytorch-optimizer SAM", "pytorch-optimizer ASAM
 
 def steps_of(name: str, arm: str, quick: bool, device: str, steps: int) -> Callable[[], None]:
     """What takes some steps of a model with a way to train it; "AdamW" is the plain one."""
-    torch.manual_seed(0)
-    if name == "ViT":
-        config = vit_digits().model
-        model = ViT(replace(config, depth=1) if quick else config)
-        inputs, targets = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    else:
-        context, width, depth = (32, 64, 1) if quick else (128, 256, 4)
-        model = GPT(512, context, width, depth, heads=4)
-        inputs, targets = torch.randint(512, (4, context)), torch.randint(512, (4 * context,))
+    model, inputs, targets = step_costs.model_and_batch(name, quick)
     model.to(device)
     inputs, targets = inputs.to(device), targets.to(device)
     base = partial(torch.optim.AdamW, fused=True)
@@ -86,16 +73,8 @@ def steps_of(name: str, arm: str, quick: bool, device: str, steps: int) -> Calla
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small models, two rounds, nothing written")
-    parser.add_argument("--resume", action="store_true", help="only the rows that are missing")
-    parser.add_argument("--busy", action="store_true", help="one thread, processor time")
-    options = parser.parse_args()
-    if options.busy:
-        torch.set_num_threads(1)
-    clock = time.process_time if options.busy else time.perf_counter
-    torch.set_flush_denormal(True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = step_costs.options(__doc__)
+    device, clock = options.device, options.clock
     rounds, steps = (2, 2) if options.quick else (12, 10)
     name = f"sam_cost_{device}"
     rows = {} if options.quick or not options.resume else rows_so_far(name)
@@ -103,7 +82,7 @@ def main() -> None:
     for arm in ARMS:
         if arm not in rows:
             rows[arm] = {}
-            for model in ("ViT", "GPT"):
+            for model in step_costs.MODELS:
                 plain, other = (steps_of(model, each, options.quick, device, steps) for each in ("AdamW", arm))
                 rows[arm][model] = paired(plain, other, rounds, device, clock)
             if not options.quick:

@@ -14,19 +14,14 @@ the same weights. Printed is the median of the paired ratios with / without, sma
 Writes results/stabilizer_cost_cpu.json or _cuda.json.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from dataclasses import replace
 
+import step_costs
 import torch
 import torch.nn.functional as F
 from measure import paired, rows_so_far, spread, write
-from watch_cost import GPT
 
-from trimtab.models.vit import ViT
 from trimtab.stabilizers import auxiliary_loss, stabilize_
-from trimtab.tasks.images import vit_digits
 
 SPECS = (
     "qk-norm",
@@ -42,15 +37,7 @@ STEPS = 10  # timed together, so that one of them is an `every=10`th
 
 def steps_of(name: str, spec: str, quick: bool, device: str) -> Callable[[], None]:
     """What takes some steps of a model with a stabilizer."""
-    torch.manual_seed(0)
-    if name == "ViT":
-        config = vit_digits().model
-        model = ViT(replace(config, depth=1) if quick else config)
-        inputs, targets = torch.randn(64, 1, 8, 8), torch.randint(10, (64,))
-    else:
-        context, width, depth = (32, 64, 1) if quick else (128, 256, 4)
-        model = GPT(512, context, width, depth, heads=4)
-        inputs, targets = torch.randint(512, (4, context)), torch.randint(512, (4 * context,))
+    model, inputs, targets = step_costs.model_and_batch(name, quick)
     stabilize_(model, spec).to(device)
     inputs, targets = inputs.to(device), targets.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -67,23 +54,15 @@ def steps_of(name: str, spec: str, quick: bool, device: str) -> Callable[[], Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small models, two rounds, nothing written")
-    parser.add_argument("--resume", action="store_true", help="only the rows that are missing")
-    parser.add_argument("--busy", action="store_true", help="one thread, processor time")
-    options = parser.parse_args()
-    if options.busy:
-        torch.set_num_threads(1)
-    clock = time.process_time if options.busy else time.perf_counter
-    torch.set_flush_denormal(True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = step_costs.options(__doc__)
+    device, clock = options.device, options.clock
     rounds = 2 if options.quick else 8
     name = f"stabilizer_cost_{device}"
     rows = {} if options.quick or not options.resume else rows_so_far(name)
     for spec in SPECS:
         if spec not in rows:
             rows[spec] = {}
-            for model in ("ViT", "GPT"):
+            for model in step_costs.MODELS:
                 plain, stabilized = (steps_of(model, each, options.quick, device) for each in ("none", spec))
                 rows[spec][model] = paired(plain, stabilized, rounds, device, clock)
             if not options.quick:
