@@ -125,6 +125,12 @@ def test_a_required_field_is_named() -> None:
     assert str(raised.value) == "trimtab try needs FILE; see trimtab try --help"
 
 
+def test_a_required_field_that_is_misspelt_is_an_unknown_one() -> None:
+    with pytest.raises(WordsError) as raised:
+        parse_words(Required, ["--lr", "0.1", "--seeds", "2"], prog="trimtab try")
+    assert str(raised.value) == "unknown field --lr. Did you mean --lrs?"
+
+
 def test_a_narrow_terminal_cuts_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     with pytest.raises(WordsError, match=r"^--optimizer must be one of adam, sgd; got 'a very long word indeed'$"):

@@ -80,12 +80,19 @@ def _one_line(box: str, known: dict[str, Any], words: Sequence[str], prog: str) 
     parts = re.split(r"^╭.*$|^[\s│]*[─-]{3,}.*$", plain, flags=re.MULTILINE)  # without Unicode, rules are dashes
     text = " ".join(line.strip("│ ") for line in parts[min(1, len(parts) - 1)].splitlines()).strip()
     if text.startswith("Missing from"):  # what is required is told there with its help
+        if unknown := next((word for word in words if _is_unknown(word, known)), None):
+            return _strange(unknown, known, prog)  # most often a slip in the very field that is missed
         missing = re.findall(r"--[\w.-]+(?= [A-Z{])", text) or text.partition(f"{prog}: ")[2].split()[:1]
         return f"{prog} needs {' and '.join(missing)}; see {prog} --help"
     for flag in re.findall(r"--[\w.-]*\w", text):
         if flag in known:
             return f"{flag} must be {_expected(known[flag])}; got {_given(flag, words) or 'nothing'}"
     return re.sub(r"^Error parsing \S+: ", "", text)
+
+
+def _is_unknown(word: str, known: dict[str, Any]) -> bool:
+    flag = word.partition("=")[0].replace("_", "-")
+    return flag.startswith("--") and flag not in known and f"--{flag.removeprefix('--no-')}" not in known
 
 
 def _given(flag: str, words: Sequence[str]) -> str:
