@@ -21,7 +21,7 @@ it, for orientation: the authors' port took 1.24 s and 1,078 MB on such a machin
 
 Memory is also that of packages: torch's optimisers load torch._dynamo, and that triton, where it is installed; Fabric
 loads torchmetrics, where it is. With `pip install trimtab[lab]` neither is, in the environment of the tests both are
-(140 MB more). The results name which of them were loaded.
+(200 MB more). The results name which of them were loaded.
 """
 
 import argparse

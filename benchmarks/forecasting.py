@@ -14,8 +14,8 @@ validation kept after 5 epochs without better. Every arm is tuned over six setti
 by the validation MSE alone; the best then runs with new seeds, five (two on ETTm1, ETTm2 and weather, all five where a
 GPU is there), and only of these is the test error read. MSE and MAE on scaled data.
 
-Prints for each horizon the published test MSE, ours as mean ± standard deviation over seeds, MAE, parameters (those of
-attention included) and seconds of a run; and SAMformer less each other arm, paired by seed, with the 95 % interval of
+Prints for each horizon the published test MSE, ours as mean ± standard deviation over seeds, MAE, the validation MSE,
+the lowest entropy of a head at the end of each run, parameters (those of attention included) and seconds of a run; and SAMformer less each other arm, paired by seed, with the 95 % interval of
 Student's t. Writes results/forecasting_<data>.json, in which horizons and arms of earlier calls stay; `table` reads
 them all, prints the whole table with the improvement over TSMixer and the ratio of parameters, and draws
 results/forecasting.png.

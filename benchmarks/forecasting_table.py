@@ -32,7 +32,10 @@ def difference(arms: Arms, name: str) -> tuple[float, float, float] | None:
 
 def cell_lines(data: str, horizon: int, arms: Arms) -> list[str]:
     """A line for each arm: published, ours ± sd, MAE, parameters, seconds, setting; SAMformer less it."""
-    lines = [f"{'':13}{'published':>10}{'test MSE ± sd':>17}{'MAE':>8}{'parameters':>12}{'s':>6}  SAMformer less it"]
+    lines = [
+        f"{'':13}{'published':>10}{'test MSE ± sd':>17}{'MAE':>8}{'validation':>12}{'lowest entropy':>16}"
+        f"{'parameters':>12}{'s':>6}  SAMformer less it"
+    ]
     for name, arm in arms.items():
         mse, mae = errors(arms, name), errors(arms, name, "test_mae")
         known = PUBLISHED[data].get(name)
@@ -40,10 +43,13 @@ def cell_lines(data: str, horizon: int, arms: Arms) -> list[str]:
         told = difference(arms, name) if name != SAMFORMER else None
         less = "" if told is None else f"{told[0]:+.4f} ({told[1]:+.4f} to {told[2]:+.4f})"
         runs = arm["runs"]
+        lowest = [each["entropy_min_end"] for each in runs if each.get("entropy_min_end") is not None]
+        entropies = f"{min(lowest):.2f}-{max(lowest):.2f}" if lowest else ""
         setting = " ".join(f"{key}={value}" for key, value in arm["setting"].items())
         lines.append(
             f"{name:13}{'' if known is None else f'{known[HORIZONS.index(horizon)]:.3f}':>10}"
-            f"{f'{mean(mse):.4f} ± {sd:.4f}':>17}{mean(mae):>8.4f}{runs[0].get('parameters', 0):>12,}"
+            f"{f'{mean(mse):.4f} ± {sd:.4f}':>17}{mean(mae):>8.4f}"
+            f"{mean(errors(arms, name, 'validation_mse')):>12.4f}{entropies:>16}{runs[0].get('parameters', 0):>12,}"
             f"{statistics.median(each.get('seconds', math.nan) for each in runs):>6.0f}  {less:32} {setting}"
         )
     return lines

@@ -116,6 +116,7 @@ def main() -> None:
         print(f"\n{size}\n{page.summary}")
         found[size] = {"table": table(page, runs[size]), "measures": measures(page), "runs": runs[size]}
     show({size: each["table"] for size, each in found.items()})
+    show_losses(runs, lrs)
     print("\n" + "\n".join(verdict({size: each["table"] for size, each in found.items()})))
     path = measure.write(name, {"settings": {"lr": lrs, "seeds": seeds, "arms": ARMS}, "sizes": found})
     draw({size: each["table"] for size, each in found.items()}, runs, lrs, name)
@@ -191,6 +192,16 @@ def show(tables: Mapping[str, Mapping[str, Any]]) -> None:
             test = measure.spread(each["test_loss"]) if each["test_loss"] else "-"
             lr = "-" if each["best_lr"] is None else f"{each['best_lr']:g}"
             print(f"{size:9}{arm:20}{numbers[0]:>24}{numbers[1]:>24}{lr:>8}{test:>22}{each['failed']:>8.0%}")
+
+
+def show_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], lrs: Sequence[float]) -> None:
+    print("\nvalidation loss, median of the seeds, of failed runs that of the start:")
+    print(f"{'':29}" + "".join(f"{lr:>8g}" for lr in lrs))
+    for size, (arm, lr) in itertools.product(runs, itertools.product(ARMS, lrs)):
+        losses = [counted(each) for each in runs[size] if (each["arm"], each["lr"]) == (arm, lr)]
+        known = [loss for loss in losses if loss is not None]
+        begin, end = (f"{size:9}{arm:20}" if lr == lrs[0] else ""), ("\n" if lr == lrs[-1] else "")
+        print(begin + (f"{statistics.median(known):8.2f}" if known else f"{'-':>8}"), end=end)
 
 
 def verdict(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -44,3 +44,18 @@ def test_every_arm_has_six_settings_and_a_recipe(bench: Bench) -> None:
         assert len({str(setting) for setting in settings}) == 6, name
         recipes = {repr(arms.recipe("ETTh1", 96, each, setting, 0)) for setting in settings}
         assert len(recipes) == 6, name  # every setting changes something
+
+
+def test_a_line_of_a_cell_has_what_chose_and_what_heads_ended_with(bench: Bench) -> None:
+    def ended(entropies: list[float | None]) -> dict[str, Any]:
+        runs = [
+            {"seed": seed, "test_mse": 0.4, "test_mae": 0.3, "validation_mse": 0.6 + 0.1 * seed, "entropy_min_end": low}
+            for seed, low in enumerate(entropies)
+        ]
+        return {"setting": {"rho": 0.5}, "runs": runs}
+
+    arms = {"samformer": ended([0.25, 0.5]), "dlinear": ended([None, None])}
+    _, attends, linear = bench("forecasting_table").cell_lines("ETTh1", 96, arms)
+    assert attends.split()[:8] == ["samformer", "0.381", "0.4000", "±", "0.0000", "0.3000", "0.6500", "0.25-0.50"]
+    assert "0.25" not in linear
+    assert "0.6500" in linear
