@@ -15,10 +15,10 @@ by the validation MSE alone; the best then runs with new seeds, five (two on ETT
 GPU is there), and only of these is the test error read. MSE and MAE on scaled data.
 
 Prints for each horizon the published test MSE, ours as mean ± standard deviation over seeds, MAE, the validation MSE,
-the lowest entropy of a head at the end of each run, parameters (those of attention included) and seconds of a run; and SAMformer less each other arm, paired by seed, with the 95 % interval of
-Student's t. Writes results/forecasting_<data>.json, in which horizons and arms of earlier calls stay; `table` reads
-them all, prints the whole table with the improvement over TSMixer and the ratio of parameters, and draws
-results/forecasting.png.
+the lowest entropy of a head at the end of each run, parameters (those of attention included) and seconds of a run; and
+SAMformer less each other arm, paired by seed, with the 95 % interval of Student's t. Writes
+results/forecasting_<data>.json, in which horizons and arms of earlier calls stay; `table` reads them all, prints the
+whole table with the improvement over TSMixer and the ratio of parameters, and draws results/forecasting.png.
 """
 
 import json
