@@ -38,8 +38,10 @@ every run, and a picture.
 
 import math
 import statistics
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grids
@@ -51,8 +53,8 @@ from trimtab.models.gpt import GPTConfig
 from trimtab.report.runlog import Floats, Run, number, read_run
 from trimtab.tasks.language import LanguageRecipe
 from trimtab.tasks.task import Task
-from trimtab.train.compare import compare
-from trimtab.train.compare.grid import RunPlace
+from trimtab.train.compare.grid import RunPlace, plan
+from trimtab.train.compare.running import run_places
 
 EVEN = 0.75  # growth that keeps at least this share of its rate in the second half of the layers is exponential
 ONE = " (one seed)"
@@ -116,23 +118,7 @@ def main() -> None:
     widths = {depth: width * (WIDER if arguments.gpu else 1) for depth, width in widths.items()}
     lrs = LRS[:1] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
-    chosen = {
-        f"{depth} layers, {arm}": replace(
-            recipe(depth, width, gpu=arguments.gpu, quick=arguments.quick), stabilizer=stabilizer
-        )
-        for depth, width in widths.items()
-        for arm, stabilizer in STABILIZERS.items()
-    }
-    places = compare(
-        chosen,
-        lrs,
-        seeds,
-        folder,
-        jobs=arguments.jobs,
-        on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
-        hardware=grids.hardware(arguments),
-        facts={"recipe_name": "gpt-wikitext2-bpe"},
-    )
+    places = trained(widths, STABILIZERS, lrs, seeds, folder, arguments)
     runs = [row(place) for place in places]
     table = {
         f"{depth}": {
@@ -149,6 +135,33 @@ def main() -> None:
     }
     path = measure.write(name, results)
     print(f"\nwritten to {path} and {draw(runs, table, list(widths), name).name}")
+
+
+def trained(
+    widths: Mapping[int, int],
+    arms: Iterable[str],
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    options: Namespace,
+) -> list[RunPlace]:
+    """Train the arms at all depths, learning rates and seeds; tev.py takes the runs of vanilla that are there."""
+    chosen = {
+        f"{depth} layers, {arm}": replace(
+            recipe(depth, width, gpu=options.gpu, quick=options.quick), stabilizer=STABILIZERS[arm]
+        )
+        for depth, width in widths.items()
+        for arm in arms
+    }
+    places = plan(chosen, lrs, seeds, folder)
+    run_places(
+        places,
+        jobs=options.jobs,
+        on_news=grids.teller(len(places)),
+        hardware=grids.hardware(options),
+        facts={"recipe_name": "gpt-wikitext2-bpe"},
+    )
+    return places
 
 
 def row(place: RunPlace) -> dict[str, Any]:

@@ -7,7 +7,8 @@
 
 Chung et al. (arXiv 2409.07787) propose TEV, the standard deviation of the entries of each token's embedding, as a cheap
 stand-in for the variance of gradients in pre-LN language models. Here the vanilla GPTs of depth_lm.py, of 12, 24 and 48
-layers, train at six learning rates, and both are logged every 5 steps:
+layers, train at six learning rates, and both are logged every 5 steps (the runs lie in runs/depth_lm, where each of
+the two benchmarks finds those of the other):
 
   mu, sigma   mean and standard deviation of TEV over the vocabulary
   entries     variance over the entries of one gradient: of the blocks together (median of the blocks), of the
@@ -47,7 +48,6 @@ from tev_picture import draw
 
 from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.report.runlog import Floats, Run, number, read_run
-from trimtab.train.compare import compare
 from trimtab.train.compare.grid import RunPlace
 from trimtab.watch.signals import embedding_variability
 from trimtab.watch.signals.gradients import gradient_moments
@@ -61,25 +61,13 @@ VARIANCES = ("entries, blocks", "entries, shallow", "entries, embedding", "batch
 
 def main() -> None:
     arguments = grids.options(__doc__, seeds=3, gpu=True).parse_args()
-    name, folder = grids.place("tev", arguments)
+    name, _ = grids.place("tev", arguments)
+    _, folder = grids.place("depth_lm", arguments)
     widths = {4: 24} if arguments.quick else {depth: depth_lm.WIDTHS[depth] for depth in DEPTHS}
     widths = {depth: width * (depth_lm.WIDER if arguments.gpu else 1) for depth, width in widths.items()}
     lrs = LRS[2:4] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
-    chosen = {
-        f"{depth} layers": depth_lm.recipe(depth, width, gpu=arguments.gpu, quick=arguments.quick)
-        for depth, width in widths.items()
-    }
-    places = compare(
-        chosen,
-        lrs,
-        seeds,
-        folder,
-        jobs=arguments.jobs,
-        on_news=grids.teller(len(chosen) * len(lrs) * len(seeds)),
-        hardware=grids.hardware(arguments),
-        facts={"recipe_name": "gpt-wikitext2-bpe"},
-    )
+    places = depth_lm.trained(widths, ["vanilla"], lrs, seeds, folder, arguments)
     series = [curves(read_run(place.folder)) for place in places]
     runs = [row(place, each) for place, each in zip(places, series, strict=True)]
     table = correlations(runs, series)

@@ -24,7 +24,7 @@ from trimtab.stabilizers import Stabilizer, register
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 from trimtab.train.compare.grid import RunPlace, plan
-from trimtab.train.compare.running import Failure, _look, compare, finished
+from trimtab.train.compare.running import Failure, _look, compare, finished, run_places
 from trimtab.train.hardware import Hardware
 from trimtab.train.progress import Progress, Result
 
@@ -256,6 +256,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
         compare({"a": Line(batch_size=20)}, [0.1], [0], folder)
     with pytest.raises(RecipeError, match="strategy 'ddp' shares the work of several processes"):
         compare({"a": Line()}, [0.1], [0], folder, hardware=Hardware("cpu", "ddp"))
+    with pytest.raises(DataError, match="the lines are gone"):
+        run_places(plan({"a": gone}, [0.1], [0], folder))
+    with pytest.raises(RecipeError, match="jobs must be at least 1"):
+        run_places(plan({"a": Line()}, [0.1], [0], folder), jobs=0)
     assert not folder.exists()
 
 

@@ -95,12 +95,9 @@ def compare(
     lrs, seeds = [float(lr) for lr in lrs], [int(seed) for seed in seeds]  # NumPy's are no JSON
     places = plan(arms, lrs, seeds, folder)
     facts = dict(facts or {})
-    _refuse_no_jobs(jobs)
-    _tasks(places, hardware, facts)
-    if ray_address is None:  # other machines have other data
-        refuse_if_none_can_begin([place for place in places if not finished(place)], hardware)
+    _refuse(places, jobs, ray_address, hardware, facts)
     open_compare(Path(folder), arms, lrs, seeds, facts.get("recipe_name"))
-    run_places(places, jobs=jobs, ray_address=ray_address, on_news=on_news, hardware=hardware, facts=facts)
+    _run(places, jobs, None, ray_address, on_news or _ignore, hardware, facts)
     return places
 
 
@@ -127,15 +124,45 @@ def run_places(
 
     Returns:
         How each run ended, by name.
+
+    Raises:
+        RecipeError, TrimtabError, KeyboardInterrupt: as `compare`.
     """
-    _refuse_no_jobs(jobs)
-    tell = on_news or _ignore
+    facts = dict(facts or {})
+    _refuse(places, jobs, ray_address, hardware, facts)
+    return _run(places, jobs, threads, ray_address, on_news or _ignore, hardware, facts)
+
+
+def _refuse(
+    places: Sequence[RunPlace],
+    jobs: int | None,
+    ray_address: str | None,
+    hardware: Hardware,
+    facts: Mapping[str, Any],
+) -> None:
+    """Raise what is known to be wrong before any run begins."""
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"jobs must be at least 1, got {jobs}")
+    _tasks(places, hardware, facts)
+    if ray_address is None:  # other machines have other data
+        refuse_if_none_can_begin([place for place in places if not finished(place)], hardware)
+
+
+def _run(
+    places: Sequence[RunPlace],
+    jobs: int | None,
+    threads: int | None,
+    ray_address: str | None,
+    tell: OnNews,
+    hardware: Hardware,
+    facts: Mapping[str, Any],
+) -> dict[str, Result | Failure]:
     outcomes: dict[str, Result | Failure] = {}
     for place in places:
         if result := finished(place):
             outcomes[place.name] = result
             tell(place.name, result)
-    tasks = _tasks([place for place in places if place.name not in outcomes], hardware, facts or {})
+    tasks = _tasks([place for place in places if place.name not in outcomes], hardware, facts)
     if ray_address is not None and tasks:
         from trimtab.train.compare.ray_cluster import run_on_ray
 
@@ -251,11 +278,6 @@ def _record(place: RunPlace, kind: str, error: str, lines: str = "") -> Failure:
         place.folder.mkdir(parents=True, exist_ok=True)
         write_json(place.folder / ERROR, content)
     return Failure(place.folder, kind, error)
-
-
-def _refuse_no_jobs(jobs: int | None) -> None:
-    if jobs is not None and jobs < 1:
-        raise RecipeError(f"jobs must be at least 1, got {jobs}")
 
 
 def _ignore(name: str, news: object) -> None:
