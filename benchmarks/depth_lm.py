@@ -1,6 +1,6 @@
 """Language models of 12 to 96 layers and one size: does low-rank attention hold them, and what grows with depth?
 
-    python benchmarks/depth_lm.py                # 180 runs, about 4 hours on 2 idle cores; killed, it goes on
+    python benchmarks/depth_lm.py                # 100 runs, about 2¼ hours on 2 idle cores; killed, it goes on
     python benchmarks/depth_lm.py --seeds 1      # the smallest useful table, about 80 minutes
     python benchmarks/depth_lm.py --gpu          # larger models, longer texts and runs: results/depth_lm_gpu
     python benchmarks/depth_lm.py --quick        # 4 and 8 layers, one learning rate, one seed, 10 steps: does it run?
@@ -19,9 +19,10 @@ parameters each, heads of 64 to 68 features, 4,096 tokens, context 256, 1,000 st
   MLRA, sigma    both, a sigma for each factor
   init-scale     the control of sigma: weights that merely start at W / sigma(W)
 
-Every arm has all learning rates. Per depth and arm, at the learning rate with the lowest median loss on the held-out
-text: perplexity a token, TEV of the token embedding at the end (mu and sigma over the vocabulary), the largest gradient
-norm, and over all learning rates the share of runs that diverged or ended no better than they began. By layer:
+Every arm of every depth has the same three learning rates with the first seed; the one with the lowest loss on the
+held-out text then has the other seeds. Per depth and arm, there: perplexity a token, TEV of the token embedding at the
+end (mu and sigma over the vocabulary), the largest gradient norm; and of all its runs the share that diverged or ended
+no better than they began. By layer:
 
   output variance    mean square of the residual stream after each block (its mean is near zero), at the first step and
                      at the last. Its growth a layer, in %, over the first and over the second half of the layers:
@@ -36,6 +37,7 @@ first), and which arms have a perplexity below or above vanilla's with all seeds
 every run, and a picture.
 """
 
+import itertools
 import math
 import statistics
 from argparse import Namespace
@@ -118,11 +120,12 @@ def main() -> None:
     widths = {depth: width * (WIDER if arguments.gpu else 1) for depth, width in widths.items()}
     lrs = LRS[:1] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
-    places = trained(widths, STABILIZERS, lrs, seeds, folder, arguments)
+    arms = recipes(widths, STABILIZERS, arguments)
+    places = tuned(arms, lrs, seeds, folder, arguments)
     runs = [row(place) for place in places]
     table = {
         f"{depth}": {
-            arm: summary([r for r in runs if (r["depth"], r["arm"]) == (depth, arm)], lrs) for arm in STABILIZERS
+            arm: summary([r for r in runs if (r["depth"], r["arm"]) == (depth, arm)], seeds[0]) for arm in STABILIZERS
         }
         for depth in widths
     }
@@ -137,23 +140,30 @@ def main() -> None:
     print(f"\nwritten to {path} and {draw(runs, table, list(widths), name).name}")
 
 
-def trained(
-    widths: Mapping[int, int],
-    arms: Iterable[str],
-    lrs: Sequence[float],
-    seeds: Sequence[int],
-    folder: Path,
-    options: Namespace,
+def tuned(
+    arms: Mapping[str, HeldOut], lrs: Sequence[float], seeds: Sequence[int], folder: Path, options: Namespace
 ) -> list[RunPlace]:
-    """Train the arms at all depths, learning rates and seeds; tev.py takes the runs of vanilla that are there."""
-    chosen = {
+    """Train all learning rates with the first seed, then each arm's best with the others, seed by seed."""
+    places = plan(arms, lrs, seeds[:1], folder)
+    train_all(places, options)
+    best = {name: best_lr([row(place) for place in places if place.arm == name]) for name in arms}
+    more = [plan({name: arm}, [best[name]], [seed], folder) for seed in seeds[1:] for name, arm in arms.items()]
+    train_all(list(itertools.chain(*more)), options)
+    return [*places, *itertools.chain(*more)]
+
+
+def recipes(widths: Mapping[int, int], arms: Iterable[str], options: Namespace) -> dict[str, HeldOut]:
+    """By the names of runs, which tev.py shares: each depth with each of these arms."""
+    return {
         f"{depth} layers, {arm}": replace(
             recipe(depth, width, gpu=options.gpu, quick=options.quick), stabilizer=STABILIZERS[arm]
         )
         for depth, width in widths.items()
         for arm in arms
     }
-    places = plan(chosen, lrs, seeds, folder)
+
+
+def train_all(places: Sequence[RunPlace], options: Namespace) -> None:
     run_places(
         places,
         jobs=options.jobs,
@@ -161,7 +171,6 @@ def trained(
         hardware=grids.hardware(options),
         facts={"recipe_name": "gpt-wikitext2-bpe"},
     )
-    return places
 
 
 def row(place: RunPlace) -> dict[str, Any]:
@@ -233,19 +242,21 @@ def growth(variance: Sequence[float]) -> list[float]:
     return [math.expm1(slope) for slope in slopes]
 
 
-def summary(runs: Sequence[dict[str, Any]], lrs: Sequence[float]) -> dict[str, Any]:
+def best_lr(runs: Sequence[dict[str, Any]]) -> float:
+    """That of the run with the lowest loss."""
+    return float(min(runs, key=lambda run: math.inf if run["failed"] else run["eval_loss"])["lr"])
+
+
+def summary(runs: Sequence[dict[str, Any]], tuning_seed: int) -> dict[str, Any]:
     """Of one depth and arm: its best learning rate, and what it did there."""
-
-    def loss(run: dict[str, Any]) -> float:
-        return math.inf if run["failed"] else run["eval_loss"]
-
-    best = min(lrs, key=lambda lr: statistics.median(loss(run) for run in runs if run["lr"] == lr))
+    tuning = [run for run in runs if run["seed"] == tuning_seed]
+    best = best_lr(tuning)
     there = [run for run in runs if run["lr"] == best and not run["failed"]]
     halves = [[growth(run["output_variance"][end]) for run in there] for end in (0, 1)]
     return {
         "best_lr": best,
         "perplexity": [run["perplexity"] for run in there],
-        "perplexity_by_lr": {lr: [r["perplexity"] for r in runs if r["lr"] == lr and not r["failed"]] for lr in lrs},
+        "perplexity_by_lr": {run["lr"]: run["perplexity"] for run in tuning if not run["failed"]},
         "failed": statistics.fmean(run["failed"] for run in runs),
         "tev": [_median([run["tev"][i] for run in there]) for i in (0, 1)],
         "grad_norm_max": _median([run["grad_norm_max"] for run in there]),

@@ -48,7 +48,7 @@ from tev_picture import draw
 
 from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.report.runlog import Floats, Run, number, read_run
-from trimtab.train.compare.grid import RunPlace
+from trimtab.train.compare.grid import RunPlace, plan
 from trimtab.watch.signals import embedding_variability
 from trimtab.watch.signals.gradients import gradient_moments
 
@@ -67,7 +67,8 @@ def main() -> None:
     widths = {depth: width * (depth_lm.WIDER if arguments.gpu else 1) for depth, width in widths.items()}
     lrs = LRS[2:4] if arguments.quick else LRS
     seeds = range(1 if arguments.quick else arguments.seeds)
-    places = depth_lm.trained(widths, ["vanilla"], lrs, seeds, folder, arguments)
+    places = plan(depth_lm.recipes(widths, ["vanilla"], arguments), lrs, seeds, folder)
+    depth_lm.train_all(places, arguments)
     series = [curves(read_run(place.folder)) for place in places]
     runs = [row(place, each) for place, each in zip(places, series, strict=True)]
     table = correlations(runs, series)
