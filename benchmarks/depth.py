@@ -36,7 +36,6 @@ results/depth.json, depth_sgd.json or depth_lars.json, which has entropy and gra
 writes results/depth_bleu.json.
 """
 
-import json
 import math
 import statistics
 from argparse import Namespace
@@ -159,8 +158,7 @@ def main() -> None:
 
 def of_other_depths(name: str, facts: dict[str, Any], depths: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """What an earlier call with as many steps and the same seeds has left of depths that are not run now."""
-    path = measure.RESULTS / f"{name}.json"
-    before = json.loads(path.read_text("utf8")) if path.exists() else {}
+    before = measure.read(name)
     same = all(before.get(key) == value for key, value in facts.items())
     return {part: [each for each in before[part] if each["depth"] not in depths] if same else [] for part in PARTS}
 
@@ -305,7 +303,7 @@ def to_bleu(arguments: Namespace) -> None:
     """Train each arm of a depth for longer, from the start, at its best learning rate, with a cosine."""
     depth, steps = arguments.bleu, 20 if arguments.quick else arguments.steps or 3000
     before, _ = grids.place("depth", arguments)
-    table = json.loads((measure.RESULTS / f"{before}.json").read_text("utf8"))["table"]
+    table = measure.read(before).get("table", [])
     best = {e["arm"]: e["best_lr"] for e in table if e["depth"] == depth}
     if not best:
         raise SystemExit(f"the table has no depth of {depth}: python benchmarks/depth.py --depths {depth} comes first")

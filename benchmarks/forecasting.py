@@ -21,7 +21,6 @@ results/forecasting_<data>.json, in which horizons and arms of earlier calls sta
 whole table with the improvement over TSMixer and the ratio of parameters, and draws results/forecasting.png.
 """
 
-import json
 import statistics
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -136,8 +135,7 @@ def row(place: RunPlace) -> dict[str, Any]:
 
 def write(name: str, horizon: int, found: Mapping[str, Any]) -> Path:
     """Add a horizon's arms to what earlier calls have left."""
-    path = measure.RESULTS / f"{name}.json"
-    before = json.loads(path.read_text(encoding="utf8"))["cells"] if path.exists() else {}
+    before = measure.read(name).get("cells", {})
     arms = before.get(str(horizon), {}) | dict(found)
     ordered = {arm: arms[arm] for arm in ALL if arm in arms}
     cells = before | {str(horizon): ordered}
@@ -178,7 +176,7 @@ def main() -> None:
     for horizon in chosen.all_horizons[: 1 if chosen.quick else None]:
         found = cell(chosen, folder, horizon, chosen.names, seeds)
         path = write(name, horizon, found)
-        show(chosen.data, horizon, json.loads(path.read_text(encoding="utf8"))["cells"][str(horizon)])
+        show(chosen.data, horizon, measure.read(name)["cells"][str(horizon)])
         seconds = [each["seconds"] for arm in found.values() for each in arm["runs"] if "seconds" in each]
         if seconds:
             print(f"written to {path}; a run took {statistics.median(seconds):.0f} s by the median")

@@ -1,6 +1,5 @@
 """What forecasting.py prints and draws from its results: cells, the whole table, the paper's headlines, a picture."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,9 +58,7 @@ def results() -> dict[str, dict[int, Arms]]:
     """Of every data set that has been run: horizon to arms."""
     found = {}
     for data in SEEDS:
-        path = measure.RESULTS / f"forecasting_{data}.json"
-        if path.exists():
-            cells = json.loads(path.read_text(encoding="utf8"))["cells"]
+        if cells := measure.read(f"forecasting_{data}").get("cells"):
             found[data] = {int(horizon): arms for horizon, arms in cells.items()}
     return found
 

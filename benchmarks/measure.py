@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import trimtab
+from trimtab.watch.runlog import to_json
 
 RESULTS = Path(os.environ.get("TRIMTAB_RESULTS", Path(__file__).parent / "results"))
 
@@ -105,16 +106,32 @@ def in_child(script: str, *arguments: str, **environment: str) -> Any:
 
 def rows_so_far(name: str) -> dict[str, Any]:
     """The rows an earlier run left on disk; nothing if it ran on another machine or with other versions."""
-    path = RESULTS / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    found = read(name)
     rows: dict[str, Any] = found.get("rows", {}) if found.get("machine") == machine() else {}
     return rows
 
 
 def write(name: str, results: dict[str, Any]) -> Path:
+    """Write results as strict JSON, as logs of runs are: "nan", "inf" and "-inf" are strings there."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     aside = path.with_suffix(".part")
-    aside.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf8")
+    content = json.loads(to_json({"machine": machine(), **results}))
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
     os.replace(aside, path)
     return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """What `write` has written; {} if there is nothing."""
+    path = RESULTS / f"{name}.json"
+    content: dict[str, Any] = _numbers(json.loads(path.read_text(encoding="utf8"))) if path.exists() else {}
+    return content
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -14,6 +14,8 @@ from torch import nn
 
 from trimtab.attention import attention_stats_reference
 from trimtab.errors import RunFolderError
+from trimtab.models.dlinear import DLinear
+from trimtab.models.tsmixer import TSMixer
 from trimtab.reparam import SigmaReparam, reparametrize_
 from trimtab.watch import Alarm, Thresholds, Watch
 
@@ -304,6 +306,16 @@ def test_a_model_without_attention_is_told_once_and_logged_on(tmp_path, caplog) 
     names = ["alarms", "loss", "output_z", "sigma", "stable_rank", "step", "time"]
     assert [sorted(line) for line in lines_of(tmp_path)] == [names] * 3
     assert not (tmp_path / "heads.json").exists()
+
+
+@pytest.mark.parametrize("model", [DLinear(8, 4, 2), TSMixer(8, 4, 2)])
+def test_our_models_without_attention_are_asked_nothing(model, tmp_path, caplog) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Watch(model, tmp_path, every=1) as watch:
+        model(torch.randn(3, 2, 8)).square().mean().backward()
+        optimizer.step()
+        watch.step(1.0)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ class DLinear(ForecastModel):
         ValueError: `kernel` is not odd and positive.
     """
 
+    attends = False  # no attention for Watch to ask about
+
     def __init__(
         self,
         lookback: int,

@@ -54,6 +54,8 @@ class TSMixer(ForecastModel):
         affine: whether that has learned gains and biases.
     """
 
+    attends = False  # no attention for Watch to ask about
+
     def __init__(
         self,
         lookback: int,

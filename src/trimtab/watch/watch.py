@@ -338,7 +338,7 @@ class Watch:
                 "torch.optim optimiser"
             )
         unseen = self.coverage().unseen
-        if not sight.readings:
+        if not sight.readings and getattr(_unwrapped(self._model), "attends", True):
             logger.warning(
                 "no attention was seen in the first step, so the log has none: is it this model that is called, and "
                 "does it attend? Attention written by hand is seen through watch.attention(query, key)%s",
