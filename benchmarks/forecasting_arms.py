@@ -51,7 +51,7 @@ class Arm:
     start: dict[str, Any] = field(default_factory=dict)
 
 
-_SAM = {"first": ("rho", RHOS), "second": ("lr", (3.0, 0.3))}
+_SAM = {"first": ("rho", RHOS)}  # then weight decay, as with Adam
 _TSMIXER = {"kind": "tsmixer", "dim": 64, "depth": 2}
 
 ARMS = {
