@@ -1,7 +1,7 @@
 """Speech recognition over learning rates and seeds: tuned post-LN and pre-LN against sigma-Reparam without warmup.
 
-    python benchmarks/speech.py                # 135 runs of spoken digits, about 2 hours on 2 cores; killed, it goes on
-    python benchmarks/speech.py --seeds 1      # the smallest useful table, 40 minutes
+    python benchmarks/speech.py                # 135 runs of spoken digits, about 50 minutes on 2 cores; killed, it goes on
+    python benchmarks/speech.py --seeds 1      # the smallest useful table, 16 minutes
     python benchmarks/speech.py --data an4     # the same on AN4, about as long
     python benchmarks/speech.py --depth 12     # deeper
     python benchmarks/speech.py --gpu          # a larger encoder, longer runs: results/speech_digits_gpu
