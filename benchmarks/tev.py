@@ -1,7 +1,7 @@
 """Does token embedding variability stand in for the variance of gradients, and is it the cheaper one?
 
-    python benchmarks/tev.py                # 54 runs, about 50 minutes on 2 idle cores; killed, it goes on
-    python benchmarks/tev.py --seeds 1      # the smallest useful table, about 17 minutes
+    python benchmarks/tev.py                # 54 runs, about 35 minutes on 2 idle cores; killed, it goes on
+    python benchmarks/tev.py --seeds 1      # the smallest useful table, about 11 minutes
     python benchmarks/tev.py --gpu          # the models and runs of depth_lm.py --gpu: results/tev_gpu
     python benchmarks/tev.py --quick        # 4 layers, two learning rates, one seed, 10 steps: does it run?
 
