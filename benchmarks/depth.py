@@ -5,12 +5,12 @@
     python benchmarks/depth.py --optimizer sgd --depths 6,18     # no adaptive optimiser: a table of its own
     python benchmarks/depth.py --optimizer lars --depths 6,18    # likewise, by LARS
     python benchmarks/depth.py --steps 1200 --depths 18          # other lengths are tables of their own, too
+    python benchmarks/depth.py --depths 50 --lrs 0.0001          # learning rates to be added to a table
     python benchmarks/depth.py --bleu 18         # each arm at its best learning rate of the table, to a real BLEU
     python benchmarks/depth.py --gpu             # wider, longer, more byte pairs: results/depth_gpu
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
 
-On two idle cores a seed takes about 4, 10, 30 and 60 minutes at these depths, four times as long with SGD and twice as
-long with LARS (from the CPU time of short runs on a busy machine, the 100 blocks by their number).
+On two idle cores a seed takes about 2½, 6, 17 and 35 minutes at these depths; more with SGD and LARS, by their steps.
 
 English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500; LARS: 600) of at
 most 1,024 tokens, constant learning rate, no warmup, no dropout. With --gpu: 256 features, 4 heads, 8,000 byte
@@ -65,7 +65,6 @@ LRS = {
 }
 STEPS = {"adam": 300, "sgd": 1500, "lars": 600}
 STEPS_GPU = {"adam": 1000, "sgd": 3000, "lars": 2000}
-PARTS = ("table", "runs")  # of the results, a row for each depth, arm and more
 MARGIN = 0.1  # nats a token below the unigram model's loss
 
 
@@ -122,6 +121,7 @@ def main() -> None:
     parser = grids.options(__doc__, seeds=1, gpu=True)
     parser.add_argument("--depths", default="6,18,50,100", help="blocks of the encoder, and of the decoder")
     parser.add_argument("--optimizer", choices=LRS, default="adam")
+    parser.add_argument("--lrs", help="learning rates, in place of the five or four of the optimiser")
     parser.add_argument("--bleu", type=int, metavar="DEPTH", help="train the arms of this depth on, to a BLEU")
     parser.add_argument("--steps", type=int, help="those said above by default; with --bleu 3,000")
     arguments = parser.parse_args()
@@ -139,16 +139,14 @@ def main() -> None:
     seeds = range(1 if arguments.quick else arguments.seeds)
     unigram = unigram_loss(size.vocabulary)
     facts = {"steps": steps, "seeds": list(seeds), "unigram_loss": unigram}
-    results: dict[str, Any] = facts | of_other_depths(name, facts, depths)
-    lrs = LRS[optimizer][1:2] if arguments.quick else LRS[optimizer]
+    lrs = tuple(map(float, arguments.lrs.split(","))) if arguments.lrs else LRS[optimizer]
+    lrs = lrs[1:2] if arguments.quick else lrs
     for depth in sorted(depths):
         chosen = arms(depth, optimizer, steps, size)
         places = grid(chosen, lrs, seeds, folder / str(depth), arguments)
         runs = [row(place, unigram) for place in places]
-        results["runs"] += runs
-        results["table"] += [summary(arm, lrs, [run for run in runs if run["arm"] == arm]) for arm in chosen]
-        for part in PARTS:
-            results[part].sort(key=by_depth)
+        runs = sorted([*other_runs(name, facts, runs), *runs], key=lambda run: run["depth"])
+        results = facts | {"table": table_of(runs), "runs": runs}
         path = measure.write(name, results)
         draw(results, name)
         show(results["table"], unigram)
@@ -156,15 +154,19 @@ def main() -> None:
         print(f"written to {path} and {path.with_suffix('.png').name}\n", flush=True)
 
 
-def of_other_depths(name: str, facts: dict[str, Any], depths: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """What an earlier call with as many steps and the same seeds has left of depths that are not run now."""
+def other_runs(name: str, facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What earlier calls with as many steps and the same seeds have left of other depths and learning rates."""
     before = measure.read(name)
-    same = all(before.get(key) == value for key, value in facts.items())
-    return {part: [each for each in before[part] if each["depth"] not in depths] if same else [] for part in PARTS}
+    if any(before.get(key) != value for key, value in facts.items()):
+        return []
+    now = {(run["depth"], run["lr"]) for run in runs}
+    return [run for run in before["runs"] if (run["depth"], run["lr"]) not in now]
 
 
-def by_depth(each: dict[str, Any]) -> int:
-    return int(each["depth"])
+def table_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each depth and arm."""
+    cells = dict.fromkeys((run["depth"], run["arm"]) for run in runs)
+    return [summary([run for run in runs if (run["depth"], run["arm"]) == cell]) for cell in cells]
 
 
 def grid(
@@ -237,7 +239,10 @@ def gradients(line: dict[str, Any]) -> dict[str, float]:
     return {name: math.sqrt(float(value)) for name, value in logged.items() if math.isfinite(float(value))}
 
 
-def summary(arm: str, lrs: Sequence[float], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one depth and arm."""
+    lrs = sorted({run["lr"] for run in runs})
+
     def at(lr: float) -> list[dict[str, Any]]:
         return [run for run in runs if run["lr"] == lr]
 
@@ -246,7 +251,7 @@ def summary(arm: str, lrs: Sequence[float], runs: Sequence[dict[str, Any]]) -> d
     return {
         "optimizer": runs[0]["optimizer"],
         "depth": runs[0]["depth"],
-        "arm": arm,
+        "arm": runs[0]["arm"],
         "trained": statistics.fmean(run["trained"] for run in runs),
         "trained_by_lr": {f"{lr:g}": statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
         "best_lr": best,
