@@ -43,6 +43,7 @@ def draw(results: dict[str, Any], name: str) -> None:
             stacked(axes[1][column], run["gradient_by_layer"]["first"], run["depth"], style)
             stacked(axes[2][column], run["entropy_by_layer"], run["depth"], style)
         axes[0][column].set_xscale("log")
+        axes[0][column].set_xlim(0.8 * min(run["lr"] for run in runs), 1.25 * max(run["lr"] for run in runs))
         axes[0][column].set_xlabel("learning rate", fontsize=7)
         axes[1][column].set_yscale("log")
         for below in axes[1:, column]:
