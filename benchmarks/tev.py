@@ -223,7 +223,7 @@ def verdict(table: dict[str, dict[str, Any]], cost: dict[str, dict[str, float]])
         elif low > 0:
             answer = "goes with it, too loosely to stand in"
         else:
-            answer = "goes against it" if high < 0 else "no connection seen"
+            answer = "goes against it" if high < 0 else "not told apart from no connection"
         lines.append(f"TEV's {tev} for the variance, {variance}: {answer} (rho {rho:.2f}, {low:.2f} to {high:.2f})")
     for name, ratios in cost.items():
         lines.append(f"{name}: TEV costs {ratios['tev / entries']:.3f} times what the variance over entries costs")
