@@ -69,12 +69,12 @@ def test_the_best_learning_rate_is_that_of_the_lowest_median_and_what_broke_is_n
     def run(lr: float, loss: float) -> dict[str, Any]:
         layers = {"first": {"encoder.0": 0.5, "encoder.5": 2.0}}
         return {
-            "optimizer": "adam", "depth": 6, "lr": lr, "loss": loss, "trained": loss < 5, "entropy_min": None,
-            "gradient_by_layer": layers, "step_seconds": None,
+            "arm": "sigma", "optimizer": "adam", "depth": 6, "lr": lr, "loss": loss, "trained": loss < 5,
+            "entropy_min": None, "gradient_by_layer": layers, "step_seconds": None,
         }  # fmt: skip
 
     runs = [run(1e-3, 4.0), run(1e-3, 4.2), run(1e-3, 6.0), run(3e-3, 3.0), run(3e-3, math.inf), run(3e-3, math.inf)]
-    found = depth.summary("sigma", [1e-3, 3e-3], runs)
+    (found,) = depth.table_of(runs)
     assert (found["best_lr"], found["loss"], found["trained"]) == (1e-3, 4.2, 0.5)
     assert found["trained_by_lr"] == {"0.001": pytest.approx(2 / 3), "0.003": pytest.approx(1 / 3)}
     assert found["gradient_last_over_first"] == 4.0
@@ -119,14 +119,14 @@ def test_the_unigram_model_is_that_of_the_frequencies(
     assert depth.unigram_loss(290) == pytest.approx(sum(losses) / len(losses))
 
 
-def test_depths_of_earlier_calls_stay_in_the_results(
+def test_depths_and_learning_rates_of_earlier_calls_stay_in_the_results(
     depth: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(depth.measure, "RESULTS", tmp_path)
     facts = {"steps": 300, "seeds": [0], "unigram_loss": 5.25}
-    assert depth.of_other_depths("depth", facts, [6]) == {"table": [], "runs": []}
-    rows = [{"depth": number} for number in (6, 18, 50)]
-    depth.measure.write("depth", facts | {"table": rows, "runs": rows})
-    others = [{"depth": 6}, {"depth": 50}]
-    assert depth.of_other_depths("depth", facts, [18]) == {"table": others, "runs": others}
-    assert depth.of_other_depths("depth", facts | {"seeds": [0, 1]}, [18]) == {"table": [], "runs": []}
+    now = [{"depth": 18, "lr": 0.01}]
+    assert depth.other_runs("depth", facts, now) == []
+    rows = [{"depth": number, "lr": lr, "loss": math.inf} for number in (6, 18) for lr in (0.003, 0.01)]
+    depth.measure.write("depth", facts | {"runs": rows})
+    assert depth.other_runs("depth", facts, now) == rows[:3]
+    assert depth.other_runs("depth", facts | {"seeds": [0, 1]}, now) == []

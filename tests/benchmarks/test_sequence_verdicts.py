@@ -57,7 +57,7 @@ def test_speech_tells_the_single_number_from_the_ease(bench: Callable[[str], Mod
 def test_tev_stands_in_only_with_all_of_its_interval(bench: Callable[[str], ModuleType]) -> None:
     tev = bench("tev")
     cells = ([0.9, 0.8, 0.95], [0.8, 0.5, 0.9], [0.1, -0.2, 0.4], [-0.5, -0.7, -0.2])
-    answers = ("stands in", "too loosely to stand in", "no connection seen", "goes against it")
+    answers = ("stands in", "too loosely to stand in", "not told apart from no connection", "goes against it")
     table = {
         f"{name} ~ {variance}": {"same cell": cell}
         for name in tev.TEV
