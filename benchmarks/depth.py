@@ -10,7 +10,7 @@
     python benchmarks/depth.py --gpu             # wider, longer, more byte pairs: results/depth_gpu
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
 
-On two idle cores a seed takes about 2½, 6, 17 and 35 minutes at these depths; more with SGD and LARS, by their steps.
+On two idle cores a seed takes about 2½, 6 and 17 minutes at 6, 18 and 50 blocks; longer at 100, and with SGD and LARS.
 
 English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500; LARS: 600) of at
 most 1,024 tokens, constant learning rate, no warmup, no dropout. With --gpu: 256 features, 4 heads, 8,000 byte
@@ -254,6 +254,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "arm": runs[0]["arm"],
         "trained": statistics.fmean(run["trained"] for run in runs),
         "trained_by_lr": {f"{lr:g}": statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
+        "loss_by_lr": {f"{lr:g}": statistics.median(run["loss"] for run in at(lr)) for lr in lrs},
         "best_lr": best,
         "loss": statistics.median(run["loss"] for run in at(best)),
         "entropy_min": min(entropies, default=None),
@@ -280,6 +281,11 @@ def show(table: Sequence[dict[str, Any]], unigram: float) -> None:
             f"{title:24}{each['trained']:>9.0%}{each['best_lr']:>9g}{each['loss']:>8.2f}{entropy:>16}"
             f"{each['gradient_last_over_first']:>22.2g}{each['step_seconds']:>8.2f}"
         )
+
+    print("\nloss by learning rate, median:")
+    for each in table:
+        losses = "".join(f"{lr:>9} {loss:.2f}" for lr, loss in each["loss_by_lr"].items())
+        print(f"{each['optimizer']} {each['depth']}+{each['depth']} {each['arm']:12}{losses}")
 
 
 def verdict(table: Sequence[dict[str, Any]]) -> list[str]:

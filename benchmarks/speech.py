@@ -219,6 +219,10 @@ def show(table: dict[str, dict[str, Any]], floor: float) -> None:
             f"{each['best_lr']:>9g}{measure.spread(each['test_wer']):>23}{measure.spread(each['test_cer']):>23}{entropy:>9}"
         )
 
+    print("\nword error rate on validation by learning rate, median:")
+    for arm, each in table.items():
+        print(f"{arm:22}" + "".join(f"{lr:>9g} {wer:.2f}" for lr, wer in each["validation_wer_by_lr"].items()))
+
 
 def verdict(table: dict[str, dict[str, Any]]) -> list[str]:
     """What stands here of the paper's finding: tuned post-LN is the best single number, sigma is easier to get."""
