@@ -56,7 +56,8 @@ from trimtab.tasks.translation import TranslationRecipe
 from trimtab.tasks.translation.pairs import find_corpus
 from trimtab.tasks.translation.sentences import Sentences, load_encoded
 from trimtab.train.compare import compare
-from trimtab.train.compare.grid import RunPlace
+from trimtab.train.compare.grid import RunPlace, plan
+from trimtab.train.compare.running import run_places
 
 LRS = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -65,6 +66,7 @@ LRS = {
 }
 STEPS = {"adam": 300, "sgd": 1500, "lars": 600}
 STEPS_GPU = {"adam": 1000, "sgd": 3000, "lars": 2000}
+FACTS = {"recipe_name": "translate-multi30k"}
 MARGIN = 0.1  # nats a token below the unigram model's loss
 
 
@@ -180,7 +182,7 @@ def grid(
         jobs=options.jobs,
         on_news=grids.teller(len(chosen) * len(lrs) * len(seeds), folder.name),
         hardware=grids.hardware(options),
-        facts={"recipe_name": "translate-multi30k"},
+        facts=FACTS,
     )
 
 
@@ -319,18 +321,46 @@ def to_bleu(arguments: Namespace) -> None:
     if not best:
         raise SystemExit(f"the table has no depth of {depth}: python benchmarks/depth.py --depths {depth} comes first")
     name, folder = grids.place("depth_bleu", arguments)
-    found = []
-    for arm, recipe in arms(depth, "adam", steps, SIZE_GPU if arguments.gpu else SIZE).items():
-        recipe = replace(recipe, schedule="cosine", decode="test", beam=4)
-        for place in grid({arm: recipe}, [best[arm]], range(arguments.seeds), folder / f"{depth}-{arm}", arguments):
-            result = read_run(place.folder).result or {}
-            test = result.get("test", {})
-            found.append({
-                "arm": arm, "depth": depth, "lr": best[arm], "seed": place.recipe.seed,
-                "status": result.get("status", "error"), "bleu": test.get("bleu"), "loss": test.get("eval_loss"),
-            })  # fmt: skip
-            print(f"{arm:12} lr {best[arm]:g} seed {place.recipe.seed}: test BLEU {test.get('bleu')}", flush=True)
-    print(f"written to {measure.write(name, {'steps': steps, 'runs': found})}")
+    recipes = {
+        arm: replace(recipe, schedule="cosine", decode="test", beam=1 if arguments.quick else 4)
+        for arm, recipe in arms(depth, "adam", steps, SIZE_GPU if arguments.gpu else SIZE).items()
+    }
+    places = [
+        place
+        for seed in range(arguments.seeds)
+        for arm, recipe in recipes.items()
+        for place in plan({arm: recipe}, [best[arm]], [seed], folder / str(depth))
+    ]
+    run_places(
+        places,
+        jobs=arguments.jobs,
+        on_news=grids.teller(len(places), str(depth)),
+        hardware=grids.hardware(arguments),
+        facts=FACTS,
+    )
+    runs = [bleu_row(place) for place in places]
+    earlier = measure.read(name)
+    if earlier.get("steps") == steps:
+        runs = [run for run in earlier["runs"] if run["depth"] != depth] + runs
+    print(f"\n{steps:,} steps, cosine to zero; beam of 4, test_2016_flickr")
+    for run in sorted(runs, key=lambda run: run["depth"]):
+        score = "-" if run["bleu"] is None else f"{run['bleu']:.1f}"
+        print(f"{run['depth']}+{run['depth']} {run['arm']:12} lr {run['lr']:g} seed {run['seed']}: BLEU {score}")
+    print(f"written to {measure.write(name, {'steps': steps, 'runs': runs})}")
+
+
+def bleu_row(place: RunPlace) -> dict[str, Any]:
+    result = read_run(place.folder).result or {"status": "error"}
+    test = result.get("test", {})
+    return {
+        "arm": place.arm,
+        "depth": place.recipe.model.encoder_depth,  # type: ignore[attr-defined]
+        "lr": place.recipe.lr,
+        "seed": place.recipe.seed,
+        "status": result["status"],
+        "bleu": test.get("bleu"),
+        "loss": test.get("eval_loss"),
+    }
 
 
 if __name__ == "__main__":

@@ -80,3 +80,22 @@ def test_what_cannot_be_drawn_is_refused(arguments: dict[str, object]) -> None:
 def test_there_must_be_a_token_to_follow() -> None:
     with pytest.raises(ValueError, match=r"T at least 1; got \(1, 0\)"):
         generate(gpt(), torch.zeros(1, 0, dtype=torch.int64), 3)
+
+
+def test_the_coldest_temperature_takes_the_likeliest() -> None:
+    for temperature in (1e-40, 1e-300):
+        assert generate(gpt(), PROMPT, 5, temperature=temperature).equal(generate(gpt(), PROMPT, 5, temperature=0))
+
+
+def test_top_k_of_equals_is_no_more() -> None:
+    model = gpt()
+    torch.nn.init.zeros_(model.head.weight)
+    assert len(generate(model, PROMPT[:1].repeat(500, 1), 1, top_k=3).unique()) == 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_refused(temperature: float) -> None:
+    model = gpt()
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, PROMPT, 1, temperature=temperature)

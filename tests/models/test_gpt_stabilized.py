@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import trimtab as tt
 from trimtab.errors import ConversionError
 from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.reparam.layers import Reparametrized
-from trimtab.stabilizers import STABILIZERS, stabilize_
+from trimtab.stabilizers import STABILIZERS, fold_, stabilize_
 from trimtab.stabilizers.apply import changes_models
 from trimtab.stabilizers.registry import parse
 
@@ -60,7 +61,7 @@ def test_sigma_reaches_every_layer_and_not_a_tied_head(tied: bool) -> None:
     assert converted == expected | (set() if tied else {"head"})
 
 
-@pytest.mark.parametrize("spec", ["none", "sigma", "sigma+qk-norm", "softcap"])
+@pytest.mark.parametrize("spec", ["none", "sigma", "sigma+qk-norm", "softcap", "low-rank", "low-rank+sigma"])
 def test_watch_sees_every_head(tmp_path: Path, spec: str) -> None:
     model = stabilize_(gpt(positions="rotary").float(), spec)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -77,3 +78,12 @@ def test_watch_sees_every_head(tmp_path: Path, spec: str) -> None:
     assert (
         (entropy > 0) & (entropy < torch.arange(1, 10).log().mean())
     ).all()  # causal: the maximum, mean over queries
+
+
+@pytest.mark.parametrize("spec", ["low-rank:rank=3", "low-rank:rank=3+sigma"])
+def test_factors_become_one_layer_again(spec: str) -> None:
+    model = stabilize_(gpt(positions="rotary"), spec)
+    expected = model(TOKENS)
+    fold_(model)
+    assert {type(module) for name, module in model.named_modules() if name.endswith(("query", "value"))} == {nn.Linear}
+    torch.testing.assert_close(model(TOKENS), expected, rtol=1e-9, atol=1e-9)

@@ -185,6 +185,8 @@ def test_options_and_arguments_out_of_range() -> None:
         merge_low_rank_(qkv())
     with pytest.raises(ValueError, match="start must be one of svd, fresh"):
         low_rank_(qkv(), start="random")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"whole number or None, got 2\.5"):
+        low_rank_(qkv(), 2.5)  # type: ignore[arg-type]
     for function in (low_rank_, merge_low_rank_):
         with pytest.raises(TypeError, match=r"nn.Module"):
             function(3)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_recipes import Sequences, Small
+from torch import nn
 
 from trimtab.errors import CheckpointError, RunFolderError
 from trimtab.models import ViT
@@ -43,6 +44,18 @@ def test_files_come_along_and_best_weights_where_they_count(tmp_path: Path) -> N
     train(Small(patience=1, lr=1.0, steps=40), tmp_path / "best", facts=HERE)
     assert open_trained(tmp_path / "best", Recipe).checkpoint == best_checkpoint(tmp_path / "best")
     assert best_checkpoint(tmp_path / "best") != newest_checkpoint(tmp_path / "best")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(replace(vit_digits(), steps=2, watch_every=2, eval_every=2, batch_size=32), tmp_path)
+    trained = open_trained(tmp_path, ImagesRecipe)
+
+    def broken(folder: Path, model: nn.Module, average: object) -> None:
+        nn.init.constant_(model.get_parameter("head.weight"), torch.inf)
+
+    monkeypatch.setattr("trimtab.train.trained.load_weights", broken)
+    with pytest.raises(CheckpointError, match=r"of a run that diverged: head\.weight is not finite"):
+        load_trained(trained, lambda: ViT(trained.recipe.model))
 
 
 def test_other_folders_are_refused_with_what_they_are(tmp_path: Path) -> None:

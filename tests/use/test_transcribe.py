@@ -83,7 +83,7 @@ def test_silence_is_transcribed_with_a_note(run: Path, tmp_path: Path, capsys: p
     assert main(["transcribe", str(run), str(silence)]) == 0
     told = capsys.readouterr()
     assert told.out.startswith(f"{silence}: ")
-    assert told.err == f"note: {silence} is silent, every sample is 0: what is written down is made up\n"
+    assert told.err == f"note: {silence} is silent, every sample is the same: what is written down is made up\n"
 
 
 def test_a_wide_beam_is_told_to_take_long(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def generate(
         (B, count), int64.
 
     Raises:
-        ValueError: there are no tokens to follow, or an argument is out of range.
+        ValueError: there are no tokens to follow, an argument is out of range, or the model's logits are not finite.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"expected tokens of shape (B, T), T at least 1; got {tuple(tokens.shape)}")
@@ -46,7 +46,10 @@ def generate(
     for _ in range(count):
         if cache[0] and cache[0][0].shape[2] == context:
             cache, new = model.empty_cache(), tokens[:, -max(1, context // 2) :]
-        drawn = _draw(model(new, cache)[:, -1].float(), temperature, top_k, generator)  # (B, V) -> (B, 1)
+        logits = model(new, cache)[:, -1].float()
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's logits are not finite, so no token can be drawn: take an earlier checkpoint")
+        drawn = _draw(logits, temperature, top_k, generator)  # (B, V) -> (B, 1)
         tokens, new = torch.cat([tokens, drawn], dim=1), drawn
     return tokens[:, given:]
 
@@ -56,6 +59,8 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -float("inf"))
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+        values, likeliest = logits.topk(min(top_k, logits.shape[-1]))  # of equal ones no more than that
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest, values)
+    below = logits - logits.amax(dim=-1, keepdim=True)  # so that none but -inf comes of a temperature near 0
+    smallest = torch.finfo(logits.dtype).tiny
+    return torch.multinomial((below / max(temperature, smallest)).softmax(dim=-1), 1, generator=generator)

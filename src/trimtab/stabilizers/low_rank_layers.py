@@ -83,10 +83,12 @@ def low_rank_(
             LoRA), under sigma-Reparam or a parametrization already, with hooks, sharded, on the meta device, zero, not
             finite, sharing its weight with another layer, of too small a size for the rank. The model is then as it
             was.
-        TypeError: the model is not a module.
+        TypeError: the model is not a module, or `rank` not a whole number.
         ValueError: `start` is neither of the two.
     """
     expect_module(model)
+    if rank is not None and not isinstance(rank, int):
+        raise TypeError(f"rank must be a whole number or None, got {rank!r}")
     if start not in get_args(Start):
         raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
     sites = list(_sites(model, filter_fn))

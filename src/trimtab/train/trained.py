@@ -85,7 +85,7 @@ def load_trained(trained: Trained[RecipeT], make: Callable[[], ModelT]) -> Model
         make: makes the model in plain layers, as the recipe's task does.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
+        CheckpointError: the checkpoint is damaged or of another model, or its weights are not finite.
     """
     recipe, model = trained.recipe, make()
     stabilize_(model, recipe.stabilizer, changes_made=True)
@@ -93,5 +93,8 @@ def load_trained(trained: Trained[RecipeT], make: Callable[[], ModelT]) -> Model
     load_weights(trained.checkpoint, model, average)
     if average is not None:
         average.put_(model)
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise CheckpointError(f"{trained.checkpoint} is of a run that diverged: {name} is not finite. Train anew")
     model.eval()
     return fold_(model) if any(map(folds, applied(model))) else model

@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.errors import CheckpointError
 from trimtab.models.speech_encoder import SpeechEncoder
 from trimtab.tasks.speech import labels, ngram
-from trimtab.tasks.speech.audio_files import AudioError, read_audio
+from trimtab.tasks.speech.audio_files import AudioError, is_silent, read_audio
 from trimtab.tasks.speech.decode import Beam, transcribe
 from trimtab.tasks.speech.features import Samples
 from trimtab.tasks.speech.metrics import word_error_rate
@@ -129,8 +129,8 @@ def _recordings(options: TranscribeOptions, recipe: SpeechRecipe) -> Iterator[_R
         except AudioError as error:
             yield error
             continue
-        if not samples.any():
-            print(f"note: {name} is silent, every sample is 0: what is written down is made up", file=sys.stderr)
+        if is_silent(samples):
+            print(f"note: {name} is silent, every sample is the same: what is written down is made up", file=sys.stderr)
         yield _Recording(name, None, features(samples))
 
 

@@ -109,3 +109,12 @@ def test_what_no_text_has_is_not_printed(tmp_path: Path) -> None:
     made = streams(tmp_path / "text", "words")
     the = made.tokenizer.token_to_id("the")
     assert decoded(made.tokenizer, "words", [0, the, UNKNOWN, 1, END, END, the]) == "the <unk>\n\nthe"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_of_a_text_that_names_special_tokens(tmp_path: Path, kind: Kind) -> None:
+    text = "a <pad> <s> b<unk>c <unk>\n" * 20
+    made = streams(tmp_path / "text", kind, 300 if kind == "bpe" else None, train=text)
+    tokens = made.train.tokens[1:]
+    assert made.train.words == num_words(made.tokenizer, kind, tokens)
+    assert made.train.words == (len(tokens) if kind == "words" else 20 * 6)

@@ -98,3 +98,9 @@ def test_a_gzip_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     (tmp_path / "parts" / "train.txt.gz").write_bytes(packed[:-20])
     with pytest.raises(DataError, match=r"train.txt.gz is damaged"):
         list(find_texts(str(tmp_path / "parts")).train)
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_text("schön\n" * 30, encoding="utf-8-sig")
+    texts = find_texts(str(tmp_path / "marked.txt"))
+    assert set(texts.train) | set(texts.validation) == {"schön\n"}

@@ -130,6 +130,28 @@ def test_silence_and_empty_transcripts_are_used_and_counted(corpus: Path, caplog
     assert "1 silent recordings, used as they are: train/8/silence" in caplog.text
 
 
+def test_an_offset_without_sound_is_silence(corpus: Path) -> None:
+    write(corpus / "train" / "8" / "train-8-0.wav", np.full(RATE, 0.25))
+    assert dict(load(corpus).counts) == {"silent recordings": 1}
+
+
+def test_of_two_recordings_with_one_name_the_second_is_a_fault(corpus: Path) -> None:
+    write(corpus / "train" / "8" / "train-8-0.flac", tone(300))
+    with pytest.raises(DataError, match=r"1 × second recording of a name: train/8/train-8-0\.wav beside .*0\.flac"):
+        load(corpus)
+    assert dict(load(corpus, skip_faulty=True).counts) == {"left out: second recording of a name": 1}
+
+
+def test_large_letters_and_other_files(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = corpus / "train" / "8"
+    (folder / "train-8-0.wav").rename(folder / "train-8-0.WAV")
+    assert dict(load(corpus).counts) == {}
+    for name in ("train-8-1.mp3", "SPEAKERS.TXT", ".hidden"):
+        (folder / name).write_text("")
+    assert dict(load(corpus).counts) == {"files of other kinds": 2}
+    assert "2 files of other kinds than .flac, .wav, .ogg and .trans.txt: train/8/SPEAKERS.TXT" in caplog.text
+
+
 def test_a_recording_that_breaks_later_is_named(corpus: Path) -> None:
     data = load(corpus)
     (corpus / "test" / "test-0.wav").write_bytes(b"")

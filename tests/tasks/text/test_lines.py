@@ -28,3 +28,8 @@ def test_what_is_no_text_is_told_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "torn").write_bytes(gzip.compress(b"long" * 100)[:20])
     with pytest.raises(DataError, match="torn is damaged: its gzip cannot be unpacked"):
         read_text(tmp_path / "torn")
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "marked").write_text("schön\n", encoding="utf-8-sig")
+    assert read_text(tmp_path / "marked") == "schön\n"

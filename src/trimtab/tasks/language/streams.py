@@ -13,7 +13,7 @@ from trimtab.tasks.text.tokens import BEGIN, END, PAD, UNKNOWN, Kind, encode, le
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = "1"  # of the arrays that are made here
+_FORMAT = "2"  # of the arrays that are made here
 _PIECE = 2**17  # characters that are encoded at a time
 _TOKENIZER = "tokenizer"
 
@@ -27,7 +27,8 @@ class Stream:
     Attributes:
         name: for errors.
         tokens: (N + 1,), uint16 or int32: the end of a line, and the N tokens of the text, which follow it.
-        words: words of the text, separated by white space, and one for the end of each line.
+        words: words of the text, separated by white space, and one for the end of each line; where words are the
+            tokens, the tokens (a text that names a special token may have several to a word).
         unknown: how many of the tokens stand for what the vocabulary lacks.
     """
 
@@ -114,8 +115,14 @@ def encoded(tokenizer: "Tokenizer", kind: Kind, lines: Iterable[str]) -> Iterato
 
 
 def decoded(tokenizer: "Tokenizer", kind: Kind, tokens: Iterable[int]) -> str:
-    """The text of tokens, with `<unk>` for what the vocabulary lacks; words have one space between them."""
-    tokens = [token for token in tokens if token not in (PAD, BEGIN)]  # no text has them
+    """The text of tokens, with `<unk>` for what the vocabulary lacks; words have one space between them.
+
+    `<pad>` and `<s>` are left out: a model that draws one has not got it from a text, but for one that names it.
+    """
+    return _spelled(tokenizer, kind, [token for token in tokens if token not in (PAD, BEGIN)])
+
+
+def _spelled(tokenizer: "Tokenizer", kind: Kind, tokens: list[int]) -> str:
     if kind == "bpe":
         return tokenizer.decode(tokens, skip_special_tokens=False)
     pieces = [tokenizer.id_to_token(token) or "" for token in tokens]
@@ -129,7 +136,7 @@ def num_words(tokenizer: "Tokenizer", kind: Kind, tokens: Numbers) -> int:
     """How many words tokens stand for, with one for the end of each line, as in `Stream.words`."""
     if kind == "words":
         return len(tokens)
-    lines = decoded(tokenizer, kind, tokens.tolist()).split("\n")
+    lines = _spelled(tokenizer, kind, tokens.tolist()).split("\n")
     return sum(len(line.split()) for line in lines) + len(lines) - 1
 
 
@@ -146,7 +153,7 @@ def _stream(tokenizer: "Tokenizer", kind: Kind, text: Iterable[str]) -> tuple[Nu
     parts = [np.array([line_end(tokenizer, kind)], dtype)]
     parts += [part.astype(dtype) for part in encoded(tokenizer, kind, counted())]
     tokens = np.concatenate(parts)
-    return tokens, (words, int((tokens == UNKNOWN).sum()))
+    return tokens, (len(tokens) - 1 if kind == "words" else words, int((tokens == UNKNOWN).sum()))
 
 
 def _encoded(tokenizer: "Tokenizer", kind: Kind, pieces: list[str]) -> Numbers:

@@ -22,7 +22,8 @@ _NAMES = {"train": ("train",), "validation": ("valid", "validation", "val", "dev
 class Text:
     """A text in UTF-8 that is read line by line, as often as it is iterated over; it is never whole in memory.
 
-    Each line ends with a newline, the last one too; a carriage return before it is left out.
+    Each line ends with a newline, the last one too; a carriage return before it is left out, and so is a mark of the
+    byte order at the file's begin.
 
     Attributes:
         name: for errors.
@@ -53,12 +54,13 @@ class Text:
 
     def _decoded(self, line: bytes, number: int) -> str:
         try:
-            return line.decode("utf-8").removesuffix("\n").removesuffix("\r") + "\n"
+            text = line.decode("utf-8").removesuffix("\n").removesuffix("\r") + "\n"
         except UnicodeDecodeError:
             begin = f", counted from byte {self.first:,}," if self.first else ""
             raise DataError(
                 f"line {number} of {self.name}{begin} is no UTF-8 text: convert the file to UTF-8"
             ) from None
+        return text if self.first or number > 1 else text.removeprefix("\ufeff")
 
 
 @dataclass(frozen=True)

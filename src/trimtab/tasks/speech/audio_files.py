@@ -66,6 +66,11 @@ def wrong_rate(name: str, rate: int, expected: int) -> AudioError:
     )
 
 
+def is_silent(samples: Samples) -> bool:
+    """Whether every sample is the same: 0, or the offset of a recorder that heard nothing."""
+    return bool((samples == samples[0]).all())
+
+
 def audio_features(samples: Samples, sample_rate: int, bins: int) -> Features:
     """The features that a model of audio takes: log-mel energies, normalised over the utterance, (T, bins)."""
     return normalized(log_mel(samples, sample_rate, bins))

@@ -26,13 +26,13 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """Bytes as UTF-8 text.
+    """Bytes as UTF-8 text; a mark of the byte order before it is no part of it.
 
     Raises:
         DataError: they are no such text: the line is told.
     """
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"line {line} of {name} is no UTF-8 text: convert the file to UTF-8") from None

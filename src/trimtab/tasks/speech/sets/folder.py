@@ -1,6 +1,7 @@
 """Folders of recordings, as LibriSpeech is kept: SPLIT/**/*.trans.txt, with the recordings beside each.
 
-A line of a .trans.txt is `NAME TRANSCRIPT`; the recording is NAME.flac, NAME.wav or NAME.ogg in the same folder.
+A line of a .trans.txt is `NAME TRANSCRIPT`; the recording is NAME.flac, NAME.wav or NAME.ogg (or NAME.WAV ...) in the
+same folder.
 """
 
 import hashlib
@@ -18,14 +19,15 @@ import torch
 
 from trimtab.errors import DataError
 from trimtab.tasks.data.prepare import Arrays, prepared
-from trimtab.tasks.speech.audio_files import SUFFIXES, AudioError, audio_features, read_audio
+from trimtab.tasks.speech.audio_files import SUFFIXES, AudioError, audio_features, is_silent, read_audio
 from trimtab.tasks.speech.features import Features, num_frames
 from trimtab.tasks.speech.sets.speech_data import SpeechData, first_few, one_spaced, warn
 from trimtab.tasks.text.lines import lines_of, read_text
 
-_FORMAT = "recordings 1"  # changes with what is found out about a recording
+_FORMAT = "recordings 2"  # changes with what is found out about a recording
 _PATIENCE = 24 * 3600.0  # seconds; a large folder takes its time, and other processes wait for the first
 SILENT, EMPTY = "silent recordings", "empty transcripts"
+OTHER = "files of other kinds"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ def load_folder(
     """Load a folder of recordings with transcripts. Features are made as they are needed.
 
     Every recording is read once, the first time. A fault is a recording without transcript, a transcript without
-    recording, and one that cannot be read or is of another sample rate, of several channels or too short. Silent
-    recordings and empty transcripts are no faults: they are counted, and used.
+    recording, a recording whose name another has, and one that cannot be read or is of another sample rate, of several
+    channels or too short. Silent recordings (every sample is the same) and empty transcripts are no faults: they are
+    counted, and used. Files of other kinds are counted, and not used; hidden ones are not looked at.
 
     Args:
         name: of the set.
@@ -57,7 +60,7 @@ def load_folder(
     Raises:
         DataError: a split is missing or empty, a transcript is given twice, or there are faults.
     """
-    found, faults = _listed(folder, splits)
+    found, faults, others = _listed(folder, splits)
     samples, silent, why = _looked_at(folder, found, sample_rate)
     faults += [(kind, message) for kind, message in why if kind]
     if faults and not skip_faulty:
@@ -67,6 +70,9 @@ def load_folder(
     counts = Counter(f"left out: {kind}" for kind, _ in faults)
     if faults:
         warn(f"{folder}: left out {_told(faults)}")
+    counts[OTHER] = len(others)
+    if others:
+        warn(f"{folder}: {len(others):,} {OTHER} than {', '.join(SUFFIXES)} and .trans.txt: {first_few(others)}")
     silence = [found[i].name for i in good if silent[i]]
     for what, names in ((SILENT, silence), (EMPTY, [each.name for each in recordings if not each.text])):
         counts[what] = len(names)
@@ -94,16 +100,26 @@ def load_folder(
     )
 
 
-def _listed(folder: Path, splits: Sequence[str]) -> tuple[list[_Recording], list[tuple[str, str]]]:
-    """The recordings with transcripts of all splits, in the order of their names; and what has no counterpart."""
-    found, faults = [], []
+def _listed(folder: Path, splits: Sequence[str]) -> tuple[list[_Recording], list[tuple[str, str]], list[str]]:
+    """The recordings with transcripts of all splits, in the order of their names; what is wrong; and other files."""
+    found, faults, others = [], [], []
     for number, split in enumerate(splits):
         if not (folder / split).is_dir():
             raise DataError(f"{folder / split} is missing; a speech folder has {', '.join(splits)} (--splits A B C)")
         transcripts = sorted((folder / split).rglob("*.trans.txt"))
         if not transcripts:
             raise DataError(f"{folder / split} has no *.trans.txt with lines `NAME TRANSCRIPT`")
-        audio = {path.with_suffix(""): path for path in sorted((folder / split).rglob("*")) if path.suffix in SUFFIXES}
+        audio: dict[Path, Path] = {}
+        for path in sorted((folder / split).rglob("*")):
+            name, stem = path.relative_to(folder).as_posix(), path.with_suffix("")
+            if path.name.startswith(".") or path.is_dir() or path.name.endswith(".trans.txt"):
+                continue
+            if path.suffix.lower() not in SUFFIXES:
+                others.append(name)
+            elif stem in audio:
+                faults.append(("second recording of a name", f"{name} beside {audio[stem].name}"))
+            else:
+                audio[stem] = path
         told = set[Path]()
         for path in transcripts:
             for line in filter(str.strip, lines_of(read_text(path))):
@@ -121,7 +137,7 @@ def _listed(folder: Path, splits: Sequence[str]) -> tuple[list[_Recording], list
             ("recording without transcript", f"{audio[stem].relative_to(folder)} has no transcript")
             for stem in sorted(audio.keys() - told)
         ]
-    return found, faults
+    return found, faults, others
 
 
 def _looked_at(
@@ -139,7 +155,7 @@ def _looked_at(
             samples = read_audio(recording.path, sample_rate)
         except AudioError as error:
             return 0, False, error.kind, str(error)
-        return len(samples), not samples.any(), "", ""
+        return len(samples), is_silent(samples), "", ""
 
     def make() -> Arrays:
         samples, silent, kinds, messages = zip(*_threads().map(look, recordings), strict=True)
