@@ -6,6 +6,7 @@
     python benchmarks/depth.py --optimizer lars --depths 6,18    # likewise, by LARS
     python benchmarks/depth.py --steps 1200 --depths 18          # other lengths are tables of their own, too
     python benchmarks/depth.py --depths 50 --lrs 0.0001          # learning rates to be added to a table
+    python benchmarks/depth.py --depths 6 --seeds 3              # seeds to be added to a depth
     python benchmarks/depth.py --bleu 18         # each arm at its best learning rate of the table, to a real BLEU
     python benchmarks/depth.py --gpu             # wider, longer, more byte pairs: results/depth_gpu
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
@@ -140,7 +141,7 @@ def main() -> None:
     depths = (2, 3) if arguments.quick else tuple(map(int, arguments.depths.split(",")))
     seeds = range(1 if arguments.quick else arguments.seeds)
     unigram = unigram_loss(size.vocabulary)
-    facts = {"steps": steps, "seeds": list(seeds), "unigram_loss": unigram}
+    facts = {"steps": steps, "unigram_loss": unigram}
     lrs = tuple(map(float, arguments.lrs.split(","))) if arguments.lrs else LRS[optimizer]
     lrs = lrs[1:2] if arguments.quick else lrs
     for depth in sorted(depths):
@@ -157,12 +158,12 @@ def main() -> None:
 
 
 def other_runs(name: str, facts: dict[str, Any], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What earlier calls with as many steps and the same seeds have left of other depths and learning rates."""
+    """What earlier calls with as many steps have left of other depths, learning rates and seeds."""
     before = measure.read(name)
     if any(before.get(key) != value for key, value in facts.items()):
         return []
-    now = {(run["depth"], run["lr"]) for run in runs}
-    return [run for run in before["runs"] if (run["depth"], run["lr"]) not in now]
+    now = {(run["depth"], run["lr"], run["seed"]) for run in runs}
+    return [run for run in before["runs"] if (run["depth"], run["lr"], run["seed"]) not in now]
 
 
 def table_of(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -254,6 +255,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "optimizer": runs[0]["optimizer"],
         "depth": runs[0]["depth"],
         "arm": runs[0]["arm"],
+        "seeds": sorted({run["seed"] for run in runs}),
         "trained": statistics.fmean(run["trained"] for run in runs),
         "trained_by_lr": {f"{lr:g}": statistics.fmean(run["trained"] for run in at(lr)) for lr in lrs},
         "loss_by_lr": {f"{lr:g}": statistics.median(run["loss"] for run in at(lr)) for lr in lrs},
@@ -274,13 +276,13 @@ def last_over_first(run: dict[str, Any]) -> float:
 def show(table: Sequence[dict[str, Any]], unigram: float) -> None:
     print(f"\nloss of the unigram model: {unigram:.2f}")
     print(
-        f"{'':24}{'trained':>9}{'best lr':>9}{'loss':>8}{'lowest entropy':>16}{'gradient, last/first':>22}{'s/step':>8}"
+        f"{'':28}{'trained':>9}{'best lr':>9}{'loss':>8}{'lowest entropy':>16}{'gradient, last/first':>22}{'s/step':>8}"
     )
     for each in table:
-        title = f"{each['optimizer']} {each['depth']}+{each['depth']} {each['arm']}"
+        title = f"{each['optimizer']} {each['depth']}+{each['depth']} {each['arm']} × {len(each['seeds'])}"
         entropy = "-" if each["entropy_min"] is None else f"{each['entropy_min']:.3f}"
         print(
-            f"{title:24}{each['trained']:>9.0%}{each['best_lr']:>9g}{each['loss']:>8.2f}{entropy:>16}"
+            f"{title:28}{each['trained']:>9.0%}{each['best_lr']:>9g}{each['loss']:>8.2f}{entropy:>16}"
             f"{each['gradient_last_over_first']:>22.2g}{each['step_seconds']:>8.2f}"
         )
 

@@ -66,18 +66,19 @@ def test_a_row_has_every_layer(depth: ModuleType, tmp_path: Path, monkeypatch: p
 
 
 def test_the_best_learning_rate_is_that_of_the_lowest_median_and_what_broke_is_no_best(depth: ModuleType) -> None:
-    def run(lr: float, loss: float) -> dict[str, Any]:
+    def run(seed: int, lr: float, loss: float) -> dict[str, Any]:
         layers = {"first": {"encoder.0": 0.5, "encoder.5": 2.0}}
         return {
-            "arm": "sigma", "optimizer": "adam", "depth": 6, "lr": lr, "loss": loss, "trained": loss < 5,
-            "entropy_min": None, "gradient_by_layer": layers, "step_seconds": None,
+            "arm": "sigma", "optimizer": "adam", "depth": 6, "lr": lr, "seed": seed, "loss": loss,
+            "trained": loss < 5, "entropy_min": None, "gradient_by_layer": layers, "step_seconds": None,
         }  # fmt: skip
 
-    runs = [run(1e-3, 4.0), run(1e-3, 4.2), run(1e-3, 6.0), run(3e-3, 3.0), run(3e-3, math.inf), run(3e-3, math.inf)]
-    (found,) = depth.table_of(runs)
+    losses = {1e-3: (4.0, 4.2, 6.0), 3e-3: (3.0, math.inf, math.inf)}
+    (found,) = depth.table_of([run(seed, lr, loss) for lr, each in losses.items() for seed, loss in enumerate(each)])
     assert (found["best_lr"], found["loss"], found["trained"]) == (1e-3, 4.2, 0.5)
     assert found["trained_by_lr"] == {"0.001": pytest.approx(2 / 3), "0.003": pytest.approx(1 / 3)}
     assert found["gradient_last_over_first"] == 4.0
+    assert found["seeds"] == [0, 1, 2]
 
 
 def test_the_verdict_names_the_learning_rates_that_the_start_does_not_explain(depth: ModuleType) -> None:
@@ -119,14 +120,19 @@ def test_the_unigram_model_is_that_of_the_frequencies(
     assert depth.unigram_loss(290) == pytest.approx(sum(losses) / len(losses))
 
 
-def test_depths_and_learning_rates_of_earlier_calls_stay_in_the_results(
+def test_depths_learning_rates_and_seeds_of_earlier_calls_stay_in_the_results(
     depth: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(depth.measure, "RESULTS", tmp_path)
-    facts = {"steps": 300, "seeds": [0], "unigram_loss": 5.25}
-    now = [{"depth": 18, "lr": 0.01}]
+    facts = {"steps": 300, "unigram_loss": 5.25}
+    now = [{"depth": 18, "lr": 0.01, "seed": 1}]
     assert depth.other_runs("depth", facts, now) == []
-    rows = [{"depth": number, "lr": lr, "loss": math.inf} for number in (6, 18) for lr in (0.003, 0.01)]
+    rows = [
+        {"depth": number, "lr": lr, "seed": seed, "loss": math.inf}
+        for number in (6, 18)
+        for lr in (0.003, 0.01)
+        for seed in (0, 1)
+    ]
     depth.measure.write("depth", facts | {"runs": rows})
-    assert depth.other_runs("depth", facts, now) == rows[:3]
-    assert depth.other_runs("depth", facts | {"seeds": [0, 1]}, now) == []
+    assert depth.other_runs("depth", facts, now) == rows[:-1]
+    assert depth.other_runs("depth", facts | {"steps": 600}, now) == []
