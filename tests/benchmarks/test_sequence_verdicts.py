@@ -5,6 +5,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 
 def test_language_calls_no_arm_a_cure_that_merely_moves_the_optimum(bench: Callable[[str], ModuleType]) -> None:
     verdict = bench("language").verdict
@@ -83,3 +85,14 @@ def test_depth_of_language_models_calls_even_growth_exponential(bench: Callable[
     ]
     broken = {"growth_start": [math.nan] * 2, "growth_end": [math.nan] * 2, "perplexity": []}
     assert bench("depth_lm").verdict({"12": {"vanilla": broken, "MLRA": broken}}) == []
+
+
+def test_some_arms_of_speech_alone(bench: Callable[[str], ModuleType]) -> None:
+    speech = bench("speech")
+    chosen = speech.arms("digits", None, 70, gpu=False, quick=False)
+    kept = speech.some(chosen, ["pre-LN", "sigma"])
+    assert kept == {"adam": {"pre-LN": chosen["adam"]["pre-LN"], "sigma": chosen["adam"]["sigma"]}}
+    assert kept["adam"]["pre-LN"].steps == 70
+    assert kept["adam"]["pre-LN"].warmup_steps == 7
+    with pytest.raises(SystemExit, match="no arm post; there are: post-LN; pre-LN"):
+        speech.some(chosen, ["post"])
