@@ -30,9 +30,9 @@ def token_embedding_variability(embedding_weight: Tensor) -> TokenEmbeddingVaria
     """Token embedding variability (TEV): how far the entries of each token's embedding spread.
 
     ``TEV_i`` is the standard deviation over the d entries of row i (Chung et al., EMNLP 2024, arXiv 2409.07787, who
-    propose it as a cheap stand-in for the variance of gradients in pre-LN language models). For entries drawn from N(0, s²) the mean
-    lies near s and the standard deviation near ``s / sqrt(2 d)``. Both standard deviations are those of a whole
-    population (divided by d, not d - 1).
+    propose it as a cheap stand-in for the variance of gradients in pre-LN language models). For entries drawn from
+    N(0, s²) the mean lies near s and the standard deviation near ``s / sqrt(2 d)``. Both standard deviations are those
+    of a whole population (divided by d, not d - 1).
 
     Args:
         embedding_weight: shape (vocabulary, d), any floating dtype; computed in at least float32. Of a sharded one
