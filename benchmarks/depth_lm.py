@@ -1,6 +1,6 @@
 """Language models of 12 to 96 layers and one size: does low-rank attention hold them, and what grows with depth?
 
-    python benchmarks/depth_lm.py                # 100 runs, about 2¼ hours on 2 idle cores; killed, it goes on
+    python benchmarks/depth_lm.py                # 140 runs, about 2½ hours on 2 idle cores; killed, it goes on
     python benchmarks/depth_lm.py --seeds 1      # the smallest useful table, about 80 minutes
     python benchmarks/depth_lm.py --gpu          # larger models, longer texts and runs: results/depth_lm_gpu
     python benchmarks/depth_lm.py --quick        # 4 and 8 layers, one learning rate, one seed, 10 steps: does it run?
@@ -14,9 +14,10 @@ parameters each, heads of 64 to 68 features, 4,096 tokens, context 256, 1,000 st
 
   vanilla        that model
   sigma          sigma-Reparam with gamma 1 on every layer; LayerNorm stays
+  sigma, kept    the same with gamma sigma(W), so that it starts as vanilla does
   MLRA           query, key and value of half rank (Chung et al., arXiv 2409.07787): as many parameters, fresh factors
                  whose products have the variance of the weights they replace
-  MLRA, sigma    both, a sigma for each factor
+  MLRA, sigma    both, a sigma for each factor; and kept, as above
   init-scale     the control of sigma: weights that merely start at W / sigma(W)
 
 Every arm of every depth has the same three learning rates with the first seed; the one with the lowest loss on the
@@ -66,8 +67,10 @@ LRS = (1e-3, 3e-3, 1e-2)
 STABILIZERS = {
     "vanilla": "none",
     "sigma": "sigma:gamma_init=one",
+    "sigma, kept": "sigma:gamma_init=spectral",
     "MLRA": "low-rank:start=fresh",
     "MLRA, sigma": "low-rank:start=fresh+sigma:gamma_init=one",
+    "MLRA, sigma, kept": "low-rank:start=fresh+sigma:gamma_init=spectral",
     "init-scale": "init-scale:gamma_init=one",
 }
 

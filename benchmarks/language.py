@@ -1,6 +1,6 @@
 """How sensitive a small GPT is to the learning rate under the stabilizers, at two sizes.
 
-    python benchmarks/language.py                # 490 runs, about 70 minutes on 2 idle cores; killed, it goes on
+    python benchmarks/language.py                # 560 runs, about 80 minutes on 2 idle cores; killed, it goes on
     python benchmarks/language.py --seeds 1      # the smallest useful table, about 15 minutes
     python benchmarks/language.py --gpu          # larger models, longer texts and runs: results/language_gpu
     python benchmarks/language.py --quick        # every arm, one learning rate, one seed, 10 steps: does it run?
@@ -13,6 +13,7 @@ head, too. The sizes: 3 layers of 64 features, and 4 of 128. The arms differ in 
   pre-LN              the baseline
   sigma               sigma-Reparam with gamma 1 on every linear layer, no LayerNorm
   sigma, pre-LN       sigma-Reparam with gamma 1 and LayerNorm
+  sigma kept, pre-LN  the same with gamma sigma(W), so that it starts as pre-LN does
   init-scale          the control: no LayerNorm, weights that merely start at W / sigma(W)
   init-scale, pre-LN  the same with LayerNorm
   qk-norm             pre-LN, and LayerNorm on the queries and keys of each head
@@ -55,12 +56,15 @@ ARMS = {
     "pre-LN": "none",
     "sigma": "sigma:gamma_init=one:remove_norms=true",
     "sigma, pre-LN": "sigma:gamma_init=one",
+    "sigma kept, pre-LN": "sigma:gamma_init=spectral",
     "init-scale": "init-scale:remove_norms=true",
     "init-scale, pre-LN": "init-scale",
     "qk-norm": "qk-norm",
     "softcap": "softcap",
 }
-COLOURS = dict(zip(ARMS, ("#8a8f98", "#c0392b", "#e08a1e", "#6c3483", "#b39ddb", "#1f77b4", "#2e8b57"), strict=True))
+COLOURS = dict(
+    zip(ARMS, ("#8a8f98", "#c0392b", "#e08a1e", "#f2c230", "#6c3483", "#b39ddb", "#1f77b4", "#2e8b57"), strict=True)
+)
 SIZES = {"3 × 64": (64, 3, 4), "4 × 128": (128, 4, 4)}  # layers × features; features, layers, heads
 SIZES_GPU = {"6 × 256": (256, 6, 4), "12 × 512": (512, 12, 8)}
 
