@@ -15,11 +15,12 @@ a linear head, without RevIN, in which the solution lies: attention that gives n
   sam, sigma     both
 
 Each arm is tuned over four settings, the learning rate, or with SAM two of it and two radii, with seed 0 by the
-validation error; the best runs with new seeds. 30 epochs of batches of 100, cosine.
+validation error, in runs that have no test part; the best runs with new seeds. 30 epochs of batches of 100, cosine.
 
 Draws four pictures into results/forecast_toy.png: training and validation error over time, with the best possible;
 the entropy of the attention over its maximum; the sharpness, the largest eigenvalue of the Hessian of the mean loss on
-100 fixed training examples; and the attention between the channels at the end, mean over test examples. Writes
+1,000 fixed training examples of the 10,000 (fewer would be sharper than all); and the attention between the channels at
+the end, mean over test examples. Writes
 results/forecast_toy.json.
 """
 
@@ -33,6 +34,7 @@ import forecast_toy_pictures
 import grids
 import measure
 import torch
+from forecasting_arms import Tuning
 from hessian_metrics import RAW, remembered, with_eigenvalues
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,12 +44,15 @@ from trimtab.tasks.forecasting import ForecastingRecipe
 from trimtab.tasks.forecasting.recipes import forecast_toy
 from trimtab.tasks.forecasting.toy import BAYES_MSE
 from trimtab.tasks.task import Task
+from trimtab.train.checkpoints import newest_checkpoint
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.compare.running import finished, run_places
 from trimtab.train.hardware import Hardware
-from trimtab.train.trained import load_trained, open_trained
+from trimtab.train.trained import Trained, load_trained
 
 Setting = dict[str, Any]
+EXAMPLES = 1000  # of which the sharpness is
+TUNING_SEED = 0
 LRS = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
 HIGHER = [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)]  # gammas are all that moves the norm of a weight
 RADII = [{"lr": lr, "rho": rho} for lr in (3e-3, 1e-2) for rho in (0.3, 0.7)]
@@ -67,18 +72,19 @@ class Sharp(ForecastingRecipe):
     """The forecasting task with the largest eigenvalue of the Hessian as a metric."""
 
     def task(self) -> Task:
-        return with_eigenvalues(super().task(), 100)
+        return with_eigenvalues(super().task(), EXAMPLES)
 
     def optimizers(self, model: nn.Module) -> list[Optimizer]:
         return remembered(model, super().optimizers(model))
 
 
-def recipe(name: str, setting: Setting, seed: int, quick: bool) -> Sharp:
+def recipe(name: str, setting: Setting, seed: int, quick: bool) -> ForecastingRecipe:
+    """The toy recipe with an arm's setting: for tuning without the test part, else with the sharpness."""
     stabilizer, frozen, _ = ARMS[name]
     toy = forecast_toy()
     fields = {field: getattr(toy, field) for field in toy.__dataclass_fields__}
     made = replace(
-        Sharp(**fields),
+        (Tuning if seed == TUNING_SEED else Sharp)(**fields),
         model=replace(toy.model, frozen_attention=frozen),
         stabilizer=stabilizer.format(rho=setting.get("rho")),
         lr=setting["lr"],
@@ -128,9 +134,11 @@ def row(place: RunPlace) -> dict[str, Any]:
 @torch.no_grad()
 def attention_map(place: RunPlace) -> list[list[float]]:
     """The attention between channels at the end, (C, C), mean over 200 test examples."""
-    trained = open_trained(place.folder, Sharp)
-    parts = trained.recipe.parts()
-    model = load_trained(trained, lambda: trained.recipe.make_model(parts.channels))
+    checkpoint = newest_checkpoint(place.folder)
+    assert checkpoint is not None
+    assert isinstance(place.recipe, ForecastingRecipe)
+    recipe, parts = place.recipe, place.recipe.parts()
+    model = load_trained(Trained(recipe, {}, checkpoint), lambda: recipe.make_model(parts.channels))
     assert parts.test is not None
     x, _ = parts.test.batch(torch.arange(200), torch.Generator())
     query, key = model.attention.query(x), model.attention.key(x)  # (B, C, D)
@@ -159,7 +167,8 @@ def show(table: Mapping[str, Mapping[str, Any]]) -> None:
     print(f"\nbest possible: {BAYES_MSE}; median (smallest-largest) of the seeds")
     print(f"{'':13}{'test MSE':>24}{'training loss':>24}{'entropy (0-1)':>24}{'sharpness':>30}")
     for name, found in table.items():
-        cells = [measure.spread(found[key]) for key in ("test_mse", "train_loss", "entropy_end", "sharpness_end")]
+        keys = ("test_mse", "train_loss", "entropy_end", "sharpness_end")
+        cells = [measure.spread(found[key]) if found[key] else "failed" for key in keys]
         print(f"{name:13}{cells[0]:>24}{cells[1]:>24}{cells[2]:>24}{cells[3]:>30}  {found['setting']}")
 
 
@@ -168,7 +177,7 @@ def main() -> None:
     name, folder = grids.place("forecast_toy", arguments)
     quick = arguments.quick
     settings = {arm: tried[:1] if quick else tried for arm, (_, _, tried) in ARMS.items()}
-    tuning = {arm: [planned(folder, arm, each, 0, quick) for each in settings[arm]] for arm in ARMS}
+    tuning = {arm: [planned(folder, arm, each, TUNING_SEED, quick) for each in settings[arm]] for arm in ARMS}
     run([place for places in tuning.values() for place in places], arguments.jobs)
     best, tried = {}, {}
     for arm, places in tuning.items():
@@ -183,12 +192,19 @@ def main() -> None:
 
     rows = [row(place) for place in places]
     table = {arm: summary([each for each in rows if each["arm"] == arm]) | {"setting": best[arm]} for arm in ARMS}
-    maps = {place.arm: attention_map(place) for place in places if place.recipe.seed == 1 and finished(place)}
     show(table)
-    path = measure.write(name, {"tried": tried, "table": table, "runs": rows, "attention_maps": maps})
+    results = {"tried": tried, "table": table, "runs": rows}
+    measure.write(name, results)
+    maps = {place.arm: attention_map(place) for place in places if place.recipe.seed == 1 and ended(place)}
+    path = measure.write(name, results | {"attention_maps": maps})
     print("written to", path, forecast_toy_pictures.draw(name, rows, maps, BAYES_MSE))
-    seconds = statistics.median(each["seconds"] for each in rows if "seconds" in each)
-    print(f"a run took {seconds:.0f} s by the median")
+    if seconds := [each["seconds"] for each in rows if "seconds" in each]:
+        print(f"a run took {statistics.median(seconds):.0f} s by the median")
+
+
+def ended(place: RunPlace) -> bool:
+    result = finished(place)
+    return result is not None and result.status == "finished"
 
 
 if __name__ == "__main__":

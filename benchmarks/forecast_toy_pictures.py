@@ -16,7 +16,7 @@ def draw(
 ) -> Path:
     """A column for each arm; every seed thin, their median thick."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    figure, axes = pictures.panels(ROWS, arms, width=2.1, height=1.9)
+    figure, axes = pictures.panels(ROWS, arms, width=2.1, height=1.9, apart=True)
     entries: dict[str, object] = {}
     for column, arm in enumerate(arms):
         runs = [row["curves"] for row in rows if row["arm"] == arm and "curves" in row]
@@ -48,7 +48,6 @@ def _map(ax: Any, found: Sequence[Sequence[float]] | None) -> None:
     if found is None:
         ax.text(0.5, 0.5, "failed", ha="center", va="center", transform=ax.transAxes, fontsize=8)
         return
-    ax.sharex(ax)
     ax.imshow(
         found, vmin=0, vmax=1, cmap="viridis", aspect="auto", extent=(0.5, len(found) + 0.5, len(found) + 0.5, 0.5)
     )

@@ -14,10 +14,18 @@ Curve = tuple[Floats, Floats]
 INK, FAINT = "#3b4048", "#e4e7eb"
 
 
-def panels(rows: Sequence[str], columns: Sequence[str], width: float = 2.0, height: float = 1.7) -> tuple[Figure, list]:
-    """A grid of small axes: what a row measures at its left, what a column shows above it; inches a panel."""
+def panels(
+    rows: Sequence[str], columns: Sequence[str], width: float = 2.0, height: float = 1.7, *, apart: bool = False
+) -> tuple[Figure, list]:
+    """A grid of small axes: what a row measures at its left, what a column shows above it; inches a panel.
+
+    A column has one x axis; with `apart` the last row has its own.
+    """
     figure = Figure(figsize=(width * len(columns) + 0.6, height * len(rows) + 0.7), dpi=150, layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), sharex="col", sharey="row", squeeze=False)
+    axes = figure.subplots(len(rows), len(columns), sharex=not apart and "col", sharey="row", squeeze=False)
+    if apart:
+        for above in axes[:-2].flat:
+            above.tick_params(labelbottom=False)
     for row, name in zip(axes, rows, strict=True):
         row[0].set_ylabel(name, fontsize=8, color=INK)
         for ax in row:

@@ -1,11 +1,14 @@
 """What the benchmark of forecasting makes of its runs."""
 
 import math
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from trimtab.tasks.forecasting import ForecastingRecipe
 
 Bench = Callable[[str], ModuleType]
 
@@ -23,27 +26,55 @@ def test_headlines_count_cells_below_published_and_below_every_other_arm(bench: 
     arms = {"samformer": arm(0.370, 0.380), "adam": arm(0.370, 0.371), "tsmixer": arm(0.4, 0.5, parameters=4)}
     lines = bench("forecasting_table").headlines({"ETTh1": {96: arms}, "ETTh2": {96: arms}})
     assert lines[0].endswith("1 of 2 cells")  # .375 is below .381 and above .295
-    assert "0 of 2 cells; of those that are other models: 2" in lines[1]
-    assert "16.67 %" in lines[2]
-    assert lines[3].endswith(" 4.0 (published: about 4)")
+    assert lines[1].endswith("0 of 0 cells that have them")  # no cell has them all
+    assert "16.67 %" in lines[4]
+    assert ": 4.0 (published: about 4)" in lines[5]
+    whole = arms | {name: arm(0.38, 0.39) for name in ("tsmixer+sam", "dlinear", "itransformer")}
+    lines = bench("forecasting_table").headlines({"ETTh1": {96: whole}, "ETTh2": {96: arms}})
+    assert lines[1].endswith("0 of 1 cells that have them")  # Adam is below
+    assert lines[2].endswith("1 of 1 cells that have them")
 
 
 def test_a_run_that_failed_is_infinitely_bad_and_never_chosen(bench: Bench) -> None:
     table, grid = bench("forecasting_table"), bench("forecasting")
     failed = {"runs": [{"seed": 1, "status": "failed"}]}
     assert table.errors({"adam": failed}, "adam") == {1: math.inf}
-    assert table.beats({"samformer": arm(0.5), "adam": failed}, ["adam"])
+    assert table.beaten([{"samformer": arm(0.5), "adam": failed}], ["adam"]).startswith("1 of 1")
+    cell = {"samformer": arm(0.5, 0.6), "tsmixer": failed | {"setting": {}}, "adam": arm(0.4, math.inf)}
+    assert len(table.cell_lines("ETTh1", 96, cell)) == 4
+    assert len(table.headlines({"ETTh1": {96: cell}})) == 5  # no ratio of parameters
     assert grid.best([({"lr": 1.0}, math.inf), ({"lr": 0.3}, 0.5), ({"lr": 0.1}, 0.5)]) == {"lr": 0.3}
 
 
-def test_every_arm_has_six_settings_and_a_recipe(bench: Bench) -> None:
+def test_every_arm_has_eight_settings_and_a_recipe(bench: Bench) -> None:
     arms = bench("forecasting_arms")
     for name, each in arms.ALL.items():
-        first = arms.first_settings(each)
-        settings = first + arms.next_settings(each, first[0])
-        assert len({str(setting) for setting in settings}) == 6, name
+        settings = arms.settings(each, 0, None)
+        for stroke in range(1, len(each.strokes)):
+            settings += arms.settings(each, stroke, settings[1])
+        assert len({str(setting) for setting in settings}) == 8, name
         recipes = {repr(arms.recipe("ETTh1", 96, each, setting, 0)) for setting in settings}
-        assert len(recipes) == 6, name  # every setting changes something
+        assert len(recipes) == 8, name  # every setting changes something
+        tuned = {stroke for stroke, _ in each.strokes}
+        assert "lr" in tuned, name
+        assert ("rho" in tuned) == ("sam" in each.stabilizer), name
+
+
+def test_learning_rates_of_a_later_stroke_are_times_the_best(bench: Bench) -> None:
+    arms = bench("forecasting_arms")
+    assert arms.settings(arms.ARMS["adam"], 2, {"lr": 3.0, "weight_decay": 0.1}) == [
+        {"lr": 6.0, "weight_decay": 0.1},
+        {"lr": 1.5, "weight_decay": 0.1},
+    ]
+    assert arms.settings(arms.ARMS["samformer"], 1, {"rho": 0.5}) == [{"rho": 0.5, "lr": 3.0}, {"rho": 0.5, "lr": 0.3}]
+
+
+@pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
+def test_what_is_tuned_sees_no_test_part(bench: Bench) -> None:
+    arms = bench("forecasting_arms")
+    made = [arms.recipe("ETTh1", 96, arms.ARMS["dlinear"], {"lr": 1.0}, 0, tuning=tuning) for tuning in (True, False)]
+    assert [recipe.task().test is None for recipe in made] == [True, False]
+    assert [repr(made[0]).partition("(")[2], type(made[1])] == [repr(made[1]).partition("(")[2], ForecastingRecipe]
 
 
 def test_a_line_of_a_cell_has_what_chose_and_what_heads_ended_with(bench: Bench) -> None:

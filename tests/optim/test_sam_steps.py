@@ -1,6 +1,7 @@
 """Both forms of a step with all that a training loop does between its calls, and steps that are not taken."""
 
 import copy
+import gc
 import logging
 import math
 from typing import Any
@@ -178,6 +179,55 @@ def test_a_gradient_that_is_no_direction_skips_the_step(
     assert passes == (1 if closed and broken_pass == 1 else 2)
     in_two_calls(optimizer, model, 1)
     assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("kind", [tt.SAM, tt.ASAM])
+def test_between_the_passes_there_is_one_copy_of_the_weights_and_no_more(kind: Any) -> None:
+    def numbers() -> int:
+        gc.collect()
+        held = {
+            x.untyped_storage().data_ptr(): x.numel() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)
+        }
+        return sum(held.values())
+
+    weights = [nn.Parameter(torch.randn(100, 7)), nn.Parameter(torch.randn(33))]
+    optimizer = kind(weights, torch.optim.SGD, rho=0.1, lr=0.1)
+    before = numbers()
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.first_step()  # clears the gradients
+    del weight
+    assert numbers() - before == 733
+    optimizer.restore()
+    assert numbers() == before
+
+
+def test_an_error_while_climbing_leaves_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+    optimizer = tt.SAM(weights, torch.optim.SGD, rho=0.1, lr=0.1)
+    added = torch._foreach_add_
+
+    def once(tensors: Any, *rest: Any, **more: Any) -> None:
+        if tensors[0].dtype == torch.float64:
+            raise torch.OutOfMemoryError("no room")
+        added(tensors, *rest, **more)
+
+    monkeypatch.setattr(torch, "_foreach_add_", once)
+    sum(weight.double().sum() for weight in weights).backward()
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.first_step()
+    assert all(bool((weight == 1).all()) for weight in weights)
+    assert not optimizer.perturbed
+
+
+def test_a_gradient_so_small_that_its_inverse_is_no_number_of_the_dtype() -> None:
+    weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = tt.SAM([weight], torch.optim.SGD, rho=0.5, lr=0.1)
+    weight.grad = torch.full_like(weight, 3e-7)  # rho / |g| is 8e5, the largest number of the dtype 65,504
+    optimizer.first_step()
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1.25), rtol=1e-3, atol=0)  # rho / sqrt(4)
+    optimizer.restore()
+    assert bool((weight == 1).all())
 
 
 def test_an_error_inside_a_closure_leaves_weights_and_statistics_as_they_were() -> None:

@@ -371,6 +371,15 @@ def test_a_series_that_is_too_short_is_refused() -> None:
         Forecaster(L, H, **SMALL).fit(frame[:1])
 
 
+def test_norms_over_a_batch_get_two_windows_or_are_refused() -> None:
+    frame = tides()[:40]  # so few windows that a step would have one
+    assert len(Forecaster(8, 3, model="tsmixer", epochs=1).fit(frame).predict(frame)) == 3
+    with pytest.raises(DataError, match=r"make 1 windows of .* expected 2 or more"):
+        Forecaster(8, 3, model="tsmixer", epochs=1).fit(tides()[:14])
+    with pytest.raises(RecipeError, match="normalises over the windows of a batch"):
+        Forecaster(8, 3, model="tsmixer", batch_size=1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -81,6 +81,11 @@ class ForecastModelConfig:
     init: Init = "torch"
     init_std: float = 0.02
 
+    @property
+    def least_batch(self) -> int:
+        """The smallest batch that can be trained on: norms over a batch need two."""
+        return 2 if self.kind == "tsmixer" and self.window_norm == "batch" else 1
+
     def __post_init__(self) -> None:
         for name in ("lookback", "horizon", "channels", "dim", "depth", "num_heads", "mlp_ratio", "kernel"):
             value = getattr(self, name)

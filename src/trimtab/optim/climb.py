@@ -67,18 +67,29 @@ def uphill(groups: Sequence[dict[str, Any]]) -> tuple[list[Uphill], float]:
 
 
 def climb_(directions: Sequence[Uphill], length: float) -> list[Kept]:
-    """Move the weights by ``rho / length`` times their directions; return what puts them back."""
+    """Move the weights by ``rho / length`` times their directions; return what puts them back.
+
+    An error, such as of memory, leaves them as they were.
+    """
     moved = [each for each in directions if each.rho > 0 and length > 0 and each.direction.numel()]
     kept = [Kept(each.weight, each.rows, _taken(each).clone()) for each in moved]
     alike: dict[object, list[Uphill]] = {}  # torch has a quick way for tensors of one kind
-    for each, own in zip(moved, kept, strict=True):
-        if each.rows is None:
-            alike.setdefault((each.weight.device, each.weight.dtype, each.rho), []).append(each)
-        else:
-            each.weight[each.rows] = own.before.add(each.direction, alpha=each.rho / length)
-    for members in alike.values():
-        weights, steps = [each.weight for each in members], [each.direction for each in members]
-        torch._foreach_add_(weights, steps, alpha=members[0].rho / length)
+    try:
+        for each, own in zip(moved, kept, strict=True):
+            factor = each.rho / length
+            if factor > torch.finfo(each.weight.dtype).max:  # a small gradient; in half precision not even a very small
+                wide = own.before.to(torch.promote_types(own.before.dtype, torch.float64))
+                each.weight[each.rows or ...] = wide.add(each.direction, alpha=factor).to(own.before)
+            elif each.rows is None:
+                alike.setdefault((each.weight.device, each.weight.dtype, each.rho), []).append(each)
+            else:
+                each.weight[each.rows] = own.before.add(each.direction, alpha=factor)
+        for members in alike.values():
+            weights, steps = [each.weight for each in members], [each.direction for each in members]
+            torch._foreach_add_(weights, steps, alpha=members[0].rho / length)
+    except BaseException:
+        put_back_(kept)
+        raise
     return kept
 
 

@@ -67,7 +67,7 @@ class ForecasterSettings:
             DataError: there are fewer windows for training than a step has.
         """
         windows = train - self.model.lookback - self.model.horizon + 1
-        batch_size = self.batch_size or max(1, min(BATCH, windows // _STEPS))
+        batch_size = self.batch_size or max(self.model.least_batch, min(BATCH, windows // _STEPS))
         if windows < batch_size:
             raise DataError(
                 f"{train:,} training steps make {max(0, windows):,} windows of look-back {self.model.lookback} + "

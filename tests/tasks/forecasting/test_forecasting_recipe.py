@@ -177,6 +177,10 @@ def test_fields_that_fit_nothing_are_refused(data: str) -> None:
         recipe("toy", split=(0.8, 0.1, 0.1))
     with pytest.raises(RecipeError, match="missing must be one of refuse, previous; got 'drop'"):
         recipe(data, missing="drop")
+    mixer = ForecastModelConfig("tsmixer", lookback=8, horizon=3)
+    with pytest.raises(RecipeError, match="normalises over the windows of a batch: expected at least 2 in each of 4"):
+        recipe(data, model=mixer, batch_size=4, accumulate=4)
+    recipe(data, model=replace(mixer, window_norm="layer"), batch_size=4, accumulate=4)
 
 
 @pytest.mark.parametrize("split", [(700, 200, 100), (0.5, 0.25, 0.25), None])

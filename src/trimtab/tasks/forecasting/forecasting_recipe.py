@@ -51,6 +51,11 @@ class ForecastingRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batch_size // self.accumulate < self.model.least_batch:
+            raise RecipeError(
+                f"{self.model.kind} with window_norm batch normalises over the windows of a batch: expected at least "
+                f"{self.model.least_batch} in each of {self.accumulate} micro-batches, got batch_size {self.batch_size}"
+            )
         if self.split is not None:
             check_split(self.split)
         if self.columns is not None and not self.columns:
