@@ -1,7 +1,7 @@
 """Speech recognition over learning rates and seeds: tuned post-LN and pre-LN against sigma-Reparam without warmup.
 
-    python benchmarks/speech.py                # 135 runs of digits, about 50 minutes on 2 cores; killed, it goes on
-    python benchmarks/speech.py --seeds 1      # the smallest useful table, 16 minutes
+    python benchmarks/speech.py                # 135 runs of digits, about 55 minutes on 2 cores; killed, it goes on
+    python benchmarks/speech.py --seeds 1      # the smallest useful table, 17 minutes
     python benchmarks/speech.py --data an4     # the same on AN4, about as long
     python benchmarks/speech.py --depth 12     # deeper
     python benchmarks/speech.py --steps 1800 --arms post-LN pre-LN sigma init-scale    # longer: a table of its own
