@@ -7,7 +7,7 @@
     python benchmarks/depth.py --steps 1200 --depths 18          # other lengths are tables of their own, too
     python benchmarks/depth.py --depths 50 --lrs 0.0001          # learning rates to be added to a table
     python benchmarks/depth.py --depths 6 --seeds 3              # seeds to be added to a depth
-    python benchmarks/depth.py --bleu 18         # each arm at its best learning rate of the table, to a real BLEU
+    python benchmarks/depth.py --bleu 18         # each arm to a real BLEU, at its best learning rate for that length
     python benchmarks/depth.py --gpu             # wider, longer, more byte pairs: results/depth_gpu
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
 
@@ -34,7 +34,8 @@ of a head over all logged steps (0-1), and how many times larger the gradients o
 of its first (standard deviation of the entries, first step). Then for each depth the learning rates at which sigma
 trains and post-LN does not, and at which of these the control does not, either. Killed, it goes on. Writes
 results/depth.json, depth_sgd.json or depth_lars.json, which has entropy and gradients by layer, and a picture. --bleu
-writes results/depth_bleu.json.
+trains 3,000 steps with a cosine, at the best learning rate of the table and those beside it; at the one with the lowest
+validation loss every seed is then translated and tested. It writes results/depth_bleu.json.
 """
 
 import math
@@ -205,10 +206,9 @@ def unigram_loss(vocabulary: int) -> float:
 def row(place: RunPlace, unigram: float) -> dict[str, Any]:
     """How a run ended, and its entropies and gradients by layer."""
     run = read_run(place.folder)
-    result = run.result or {"status": "error", "metrics": {}, "initial": {}}
-    loss = result["metrics"].get("eval_loss", math.inf)
-    loss = loss if math.isfinite(loss) and result["status"] == "finished" else math.inf
-    lowest = np.nanmin(run.entropy_normalized, initial=np.inf)
+    result = run.result or {"status": "error", "initial": {}}
+    loss = loss_of(place)
+    least = np.nanmin(run.entropy_normalized, initial=np.inf)
     return {
         "arm": place.arm,
         "depth": place.recipe.model.encoder_depth,  # type: ignore[attr-defined]
@@ -219,7 +219,7 @@ def row(place: RunPlace, unigram: float) -> dict[str, Any]:
         "initial_loss": result["initial"].get("eval_loss"),
         "loss": loss,
         "trained": loss < unigram - MARGIN,
-        "entropy_min": float(lowest) if math.isfinite(lowest) else None,
+        "entropy_min": float(least) if math.isfinite(least) else None,
         "entropy_by_layer": by_layer(run.heads, run.entropy_normalized[-1]),
         "gradient_by_layer": {"first": gradients(run.lines[0]), "last": gradients(run.lines[-1])},
         "step_seconds": result.get("step_seconds"),
@@ -315,7 +315,7 @@ def verdict(table: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def to_bleu(arguments: Namespace) -> None:
-    """Train each arm of a depth for longer, from the start, at its best learning rate, with a cosine."""
+    """Train each arm of a depth for longer, from the start, with a cosine, tuned anew; then to a BLEU."""
     depth, steps = arguments.bleu, 20 if arguments.quick else arguments.steps or 3000
     before, _ = grids.place("depth", arguments)
     table = measure.read(before).get("table", [])
@@ -324,31 +324,69 @@ def to_bleu(arguments: Namespace) -> None:
         raise SystemExit(f"the table has no depth of {depth}: python benchmarks/depth.py --depths {depth} comes first")
     name, folder = grids.place("depth_bleu", arguments)
     recipes = {
-        arm: replace(recipe, schedule="cosine", decode="test", beam=1 if arguments.quick else 4)
+        arm: replace(recipe, schedule="cosine")
         for arm, recipe in arms(depth, "adam", steps, SIZE_GPU if arguments.gpu else SIZE).items()
     }
+    tuning = [
+        place
+        for arm, recipe in recipes.items()
+        for place in plan({arm: recipe}, beside(best[arm]), [0], folder / str(depth) / "tuning")
+    ]
+    train_all(tuning, f"{depth} tuning", arguments)
+    tuned = {arm: lowest([place for place in tuning if place.arm == arm]) for arm in recipes}
+    tested = {arm: replace(recipe, decode="test", beam=1 if arguments.quick else 4) for arm, recipe in recipes.items()}
     places = [
         place
         for seed in range(arguments.seeds)
-        for arm, recipe in recipes.items()
-        for place in plan({arm: recipe}, [best[arm]], [seed], folder / str(depth))
+        for arm, recipe in tested.items()
+        for place in plan({arm: recipe}, [tuned[arm]], [seed], folder / str(depth))
     ]
-    run_places(
-        places,
-        jobs=arguments.jobs,
-        on_news=grids.teller(len(places), str(depth)),
-        hardware=grids.hardware(arguments),
-        facts=FACTS,
-    )
+    train_all(places, str(depth), arguments)
     runs = [bleu_row(place) for place in places]
+    tried = [{"arm": place.arm, "depth": depth, "lr": place.recipe.lr, "loss": loss_of(place)} for place in tuning]
     earlier = measure.read(name)
     if earlier.get("steps") == steps:
         runs = [run for run in earlier["runs"] if run["depth"] != depth] + runs
-    print(f"\n{steps:,} steps, cosine to zero; beam of 4, test_2016_flickr")
+        tried = [run for run in earlier.get("tuning", []) if run["depth"] != depth] + tried
+    print(f"\n{steps:,} steps, cosine to zero: validation loss by learning rate")
+    for arm in recipes:
+        losses = "".join(
+            f"{run['lr']:>9g} {run['loss']:.2f}" for run in tried if (run["depth"], run["arm"]) == (depth, arm)
+        )
+        print(f"{depth}+{depth} {arm:12}{losses}")
+    print("\nbeam of 4, test_2016_flickr")
     for run in sorted(runs, key=lambda run: run["depth"]):
         score = "-" if run["bleu"] is None else f"{run['bleu']:.1f}"
         print(f"{run['depth']}+{run['depth']} {run['arm']:12} lr {run['lr']:g} seed {run['seed']}: BLEU {score}")
-    print(f"written to {measure.write(name, {'steps': steps, 'runs': runs})}")
+    print(f"written to {measure.write(name, {'steps': steps, 'tuning': tried, 'runs': runs})}")
+
+
+def train_all(places: Sequence[RunPlace], title: str, options: Namespace) -> None:
+    run_places(
+        places,
+        jobs=options.jobs,
+        on_news=grids.teller(len(places), title),
+        hardware=grids.hardware(options),
+        facts=FACTS,
+    )
+
+
+def beside(lr: float) -> list[float]:
+    """A learning rate of the grid and its neighbours there; of one that is not in it, itself."""
+    grid = LRS["adam"]
+    return [each for i, each in enumerate(grid) if abs(i - grid.index(lr)) <= 1] if lr in grid else [lr]
+
+
+def loss_of(place: RunPlace) -> float:
+    """On the validation set; infinite for a run that broke."""
+    result = read_run(place.folder).result or {"status": "error", "metrics": {}}
+    loss = result["metrics"].get("eval_loss", math.inf)
+    return loss if result["status"] == "finished" and math.isfinite(loss) else math.inf
+
+
+def lowest(places: Sequence[RunPlace]) -> float:
+    """The learning rate of the run with the lowest validation loss."""
+    return min(places, key=loss_of).recipe.lr
 
 
 def bleu_row(place: RunPlace) -> dict[str, Any]:
