@@ -7,12 +7,11 @@
     python benchmarks/depth.py --steps 1200 --depths 18          # other lengths are tables of their own, too
     python benchmarks/depth.py --depths 50 --lrs 0.0001          # learning rates to be added to a table
     python benchmarks/depth.py --depths 6 --seeds 3              # seeds to be added to a depth
-    python benchmarks/depth.py --bleu 18         # each arm to a real BLEU, at its best learning rate for that length
     python benchmarks/depth.py --gpu             # wider, longer, more byte pairs: results/depth_gpu
     python benchmarks/depth.py --quick           # every arm, one learning rate, one seed, 4 steps: does it run?
 
 On two idle cores a seed takes about 2½, 6 and 17 minutes at 6, 18 and 50 blocks, longer at 100; with LARS 5 and 10 at 6
-and 18; --bleu 6 11 minutes.
+and 18. depth_bleu.py takes the arms of a depth to a BLEU.
 
 English to German on Multi30k, narrow (32 features, 2 heads, 2,000 byte pairs): 300 steps (SGD: 1,500; LARS: 600) of at
 most 1,024 tokens, constant learning rate, no warmup, no dropout. With --gpu: 256 features, 4 heads, 8,000 byte
@@ -34,9 +33,7 @@ Prints for each depth and arm the share of runs that trained, and at its best le
 of a head over all logged steps (0-1), and how many times larger the gradients of its last encoder block are than those
 of its first (standard deviation of the entries, first step). Then for each depth the learning rates at which sigma
 trains and post-LN does not, and at which of these the control does not, either. Killed, it goes on. Writes
-results/depth.json, depth_sgd.json or depth_lars.json, which has entropy and gradients by layer, and a picture. --bleu
-trains 3,000 steps with a cosine, at the best learning rate of the table and those beside it; at the one with the lowest
-validation loss every seed is then translated and tested. It writes results/depth_bleu.json.
+results/depth.json, depth_sgd.json or depth_lars.json, which has entropy and gradients by layer, and a picture.
 """
 
 import math
@@ -59,8 +56,7 @@ from trimtab.tasks.translation import TranslationRecipe
 from trimtab.tasks.translation.pairs import find_corpus
 from trimtab.tasks.translation.sentences import Sentences, load_encoded
 from trimtab.train.compare import compare
-from trimtab.train.compare.grid import RunPlace, plan
-from trimtab.train.compare.running import run_places
+from trimtab.train.compare.grid import RunPlace
 
 LRS = {
     "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -127,12 +123,8 @@ def main() -> None:
     parser.add_argument("--depths", default="6,18,50,100", help="blocks of the encoder, and of the decoder")
     parser.add_argument("--optimizer", choices=LRS, default="adam")
     parser.add_argument("--lrs", help="learning rates, in place of the five or four of the optimiser")
-    parser.add_argument("--bleu", type=int, metavar="DEPTH", help="train the arms of this depth on, to a BLEU")
-    parser.add_argument("--steps", type=int, help="those said above by default; with --bleu 3,000")
+    parser.add_argument("--steps", type=int, help="those said above by default")
     arguments = parser.parse_args()
-    if arguments.bleu:
-        to_bleu(arguments)
-        return
     optimizer, size = arguments.optimizer, SIZE_GPU if arguments.gpu else SIZE
     usual = (STEPS_GPU if arguments.gpu else STEPS)[optimizer]
     steps = arguments.steps or usual
@@ -315,93 +307,11 @@ def verdict(table: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def to_bleu(arguments: Namespace) -> None:
-    """Train each arm of a depth for longer, from the start, with a cosine, tuned anew; then to a BLEU."""
-    depth, steps = arguments.bleu, 20 if arguments.quick else arguments.steps or 3000
-    before, _ = grids.place("depth", arguments)
-    table = measure.read(before).get("table", [])
-    best = {e["arm"]: e["best_lr"] for e in table if e["depth"] == depth}
-    if not best:
-        raise SystemExit(f"the table has no depth of {depth}: python benchmarks/depth.py --depths {depth} comes first")
-    name, folder = grids.place("depth_bleu", arguments)
-    recipes = {
-        arm: replace(recipe, schedule="cosine")
-        for arm, recipe in arms(depth, "adam", steps, SIZE_GPU if arguments.gpu else SIZE).items()
-    }
-    tuning = [
-        place
-        for arm, recipe in recipes.items()
-        for place in plan({arm: recipe}, beside(best[arm]), [0], folder / str(depth) / "tuning")
-    ]
-    train_all(tuning, f"{depth} tuning", arguments)
-    tuned = {arm: lowest([place for place in tuning if place.arm == arm]) for arm in recipes}
-    tested = {arm: replace(recipe, decode="test", beam=1 if arguments.quick else 4) for arm, recipe in recipes.items()}
-    places = [
-        place
-        for seed in range(arguments.seeds)
-        for arm, recipe in tested.items()
-        for place in plan({arm: recipe}, [tuned[arm]], [seed], folder / str(depth))
-    ]
-    train_all(places, str(depth), arguments)
-    runs = [bleu_row(place) for place in places]
-    tried = [{"arm": place.arm, "depth": depth, "lr": place.recipe.lr, "loss": loss_of(place)} for place in tuning]
-    earlier = measure.read(name)
-    if earlier.get("steps") == steps:
-        runs = [run for run in earlier["runs"] if run["depth"] != depth] + runs
-        tried = [run for run in earlier.get("tuning", []) if run["depth"] != depth] + tried
-    print(f"\n{steps:,} steps, cosine to zero: validation loss by learning rate")
-    for arm in recipes:
-        losses = "".join(
-            f"{run['lr']:>9g} {run['loss']:.2f}" for run in tried if (run["depth"], run["arm"]) == (depth, arm)
-        )
-        print(f"{depth}+{depth} {arm:12}{losses}")
-    print("\nbeam of 4, test_2016_flickr")
-    for run in sorted(runs, key=lambda run: run["depth"]):
-        score = "-" if run["bleu"] is None else f"{run['bleu']:.1f}"
-        print(f"{run['depth']}+{run['depth']} {run['arm']:12} lr {run['lr']:g} seed {run['seed']}: BLEU {score}")
-    print(f"written to {measure.write(name, {'steps': steps, 'tuning': tried, 'runs': runs})}")
-
-
-def train_all(places: Sequence[RunPlace], title: str, options: Namespace) -> None:
-    run_places(
-        places,
-        jobs=options.jobs,
-        on_news=grids.teller(len(places), title),
-        hardware=grids.hardware(options),
-        facts=FACTS,
-    )
-
-
-def beside(lr: float) -> list[float]:
-    """A learning rate of the grid and its neighbours there; of one that is not in it, itself."""
-    grid = LRS["adam"]
-    return [each for i, each in enumerate(grid) if abs(i - grid.index(lr)) <= 1] if lr in grid else [lr]
-
-
 def loss_of(place: RunPlace) -> float:
     """On the validation set; infinite for a run that broke."""
     result = read_run(place.folder).result or {"status": "error", "metrics": {}}
     loss = result["metrics"].get("eval_loss", math.inf)
     return loss if result["status"] == "finished" and math.isfinite(loss) else math.inf
-
-
-def lowest(places: Sequence[RunPlace]) -> float:
-    """The learning rate of the run with the lowest validation loss."""
-    return min(places, key=loss_of).recipe.lr
-
-
-def bleu_row(place: RunPlace) -> dict[str, Any]:
-    result = read_run(place.folder).result or {"status": "error"}
-    test = result.get("test", {})
-    return {
-        "arm": place.arm,
-        "depth": place.recipe.model.encoder_depth,  # type: ignore[attr-defined]
-        "lr": place.recipe.lr,
-        "seed": place.recipe.seed,
-        "status": result["status"],
-        "bleu": test.get("bleu"),
-        "loss": test.get("eval_loss"),
-    }
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def test_depths_learning_rates_and_seeds_of_earlier_calls_stay_in_the_results(
     assert depth.other_runs("depth", facts | {"steps": 600}, now) == []
 
 
-def test_a_learning_rate_is_tuned_among_its_neighbours(depth: ModuleType) -> None:
+def test_a_learning_rate_is_tuned_among_its_neighbours(bench: Callable[[str], ModuleType]) -> None:
+    depth = bench("depth_bleu")
     assert depth.beside(0.003) == [1e-3, 3e-3, 1e-2]
     assert depth.beside(3e-4) == [3e-4, 1e-3]
     assert depth.beside(0.0001) == [0.0001]  # of a table with learning rates of its own
