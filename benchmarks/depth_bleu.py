@@ -1,6 +1,6 @@
 """Encoder-decoders of one depth, without warmup, to a real BLEU: the arms of depth.py, each tuned for the length.
 
-    python benchmarks/depth_bleu.py 6            # after depth.py --depths 6; 11 minutes on 2 idle cores
+    python benchmarks/depth_bleu.py 6            # after depth.py --depths 6; about 15 minutes on 2 idle cores
     python benchmarks/depth_bleu.py 6 --seeds 3
     python benchmarks/depth_bleu.py 6 --gpu      # after depth.py --depths 6 --gpu
     python benchmarks/depth_bleu.py 2 --quick    # after depth.py --quick: 20 steps, greedy: does it run?

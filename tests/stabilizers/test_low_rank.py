@@ -187,6 +187,7 @@ def test_options_and_arguments_out_of_range() -> None:
         low_rank_(qkv(), start="random")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"whole number or None, got 2\.5"):
         low_rank_(qkv(), 2.5)  # type: ignore[arg-type]
+    low_rank_(qkv(), np.int64(3))
     for function in (low_rank_, merge_low_rank_):
         with pytest.raises(TypeError, match=r"nn.Module"):
             function(3)  # type: ignore[arg-type]

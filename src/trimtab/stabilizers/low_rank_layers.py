@@ -1,5 +1,6 @@
 """Query, key and value layers of an existing model, made of low rank."""
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
@@ -87,8 +88,10 @@ def low_rank_(
         ValueError: `start` is neither of the two.
     """
     expect_module(model)
-    if rank is not None and not isinstance(rank, int):
-        raise TypeError(f"rank must be a whole number or None, got {rank!r}")
+    try:
+        rank = None if rank is None else operator.index(rank)  # NumPy's whole numbers are such, too
+    except TypeError:
+        raise TypeError(f"rank must be a whole number or None, got {rank!r}") from None
     if start not in get_args(Start):
         raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
     sites = list(_sites(model, filter_fn))

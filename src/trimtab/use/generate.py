@@ -84,14 +84,17 @@ def generate_text(options: GenerateOptions) -> str:
     model = load_trained(trained, lambda: trained.recipe.make_model(tokenizer.get_vocab_size()))
     start = np.concatenate([[line_end(tokenizer, kind)], *encoded(tokenizer, kind, _lines(options.prompt))])
     _tell_what_is_not_read(options.prompt, tokenizer, kind, len(start), model.config.context)
-    drawn = generate(
-        model,
-        torch.from_numpy(start.astype(np.int64))[None],
-        options.count,
-        options.temperature,
-        options.top_k,
-        torch.Generator().manual_seed(options.seed),
-    )
+    try:
+        drawn = generate(
+            model,
+            torch.from_numpy(start.astype(np.int64))[None],
+            options.count,
+            options.temperature,
+            options.top_k,
+            torch.Generator().manual_seed(options.seed),
+        )
+    except ValueError as error:  # the options are in range: the model's logits are not finite
+        raise CheckpointError(f"{options.run}: {error}") from None
     text = decoded(tokenizer, kind, drawn[0].tolist())
     between = kind == "words" and options.prompt[-1:].strip() and text[:1].strip()
     return options.prompt + (" " if between else "") + text
