@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.cli import main
-from trimtab.models.gpt import GPTConfig
+from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.tasks.language import LanguageRecipe
 from trimtab.tasks.text.tokens import Kind
 from trimtab.train import Hardware, train
@@ -104,3 +104,14 @@ def test_other_folders_are_refused(run: Path, tmp_path: Path, capsys: pytest.Cap
     (copy / "files" / "tokenizer.json").unlink()
     assert main(["generate", str(copy)]) == 2
     assert "lacks its vocabulary, files/tokenizer.json: copy the whole run folder" in capsys.readouterr().err
+
+
+def test_logits_that_are_not_finite_are_told_without_a_traceback(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: GPT, *arguments: object) -> torch.Tensor:
+        return torch.full((1, 1, self.config.vocab_size or 1), torch.nan)
+
+    monkeypatch.setattr(GPT, "forward", broken)
+    assert main(["generate", str(run)]) == 2
+    assert "the model's logits are not finite" in capsys.readouterr().err
