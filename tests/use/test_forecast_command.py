@@ -62,7 +62,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 def test_it_writes_the_next_steps_and_a_picture(done: tuple[Path, list[str]]) -> None:
     folder, _ = done
-    assert sorted(path.name for path in folder.iterdir()) == ["dlinear", "forecast.csv", "forecast.png", "samformer"]
+    made = ["dlinear", "forecast.csv", "forecast.png", "samformer", "scores.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == made
     header, rows = rows_of(folder / "forecast.csv")
     bounds = [f"tide{place}_{end}" for place in (0, 1) for end in ("lower", "upper")]
     assert header == ["date", "tide0", "tide1", *bounds]
@@ -102,11 +103,16 @@ def test_it_prints_errors_of_the_same_windows_for_all_and_goes_on(
             for name, run in (("DLinear", "dlinear"), ("SAMformer", "samformer"))
         },
     }
-    lines = [line for line in printed.splitlines() if line.startswith(tuple(expected))]
+    lines = [line for line in printed.splitlines() if line.startswith(tuple(expected)) and "trained" not in line]
     for line, (name, metrics) in zip(lines, expected.items(), strict=True):
         assert line.removeprefix(name).split() == [f"{metrics['mse']:.4f}", f"{metrics['mae']:.4f}"]
-    assert f"training SAMformer, in {folder / 'samformer'}\n" in printed
-    assert f"training DLinear, in {folder / 'dlinear'}\n" in printed
+    assert f"SAMformer is trained already, in {folder / 'samformer'}\n" in printed
+    assert f"DLinear is trained already, in {folder / 'dlinear'}\n" in printed
+    header, rows = rows_of(folder / "scores.csv")
+    assert header == ["forecast", "column", "mse", "mae", "scaled_mse", "scaled_mae"]
+    for name, metrics in expected.items():
+        own = np.array([row[4:] for row in rows if row[0] == name], float)
+        np.testing.assert_allclose(own.mean(axis=0), [metrics["mse"], metrics["mae"]], rtol=1e-5)
     best = min(expected, key=lambda name: expected[name]["mse"])
     assert best == "last season"
     assert "the lowest MSE is not that of SAMformer, which forecasts, but last season's" in printed
@@ -239,17 +245,57 @@ def test_another_file_under_the_same_name_is_refused(
     _, words = done
     data = Path(words[1])
     before = data.read_text()
-    data.write_text(before.replace(",4", ",5"))
-    assert main(words) == 2
-    assert "holds a run on other values than" in capsys.readouterr().err
+    lines = before.splitlines()
+    changed = {
+        "training": before.replace(",4", ",5"),
+        "validation": before.replace(lines[225], lines[225].rpartition(",")[0] + ",55.5"),
+        "a row more": before + lines[-1].replace("T11", "T12") + "\n",
+    }
+    for text in changed.values():
+        data.write_text(text)
+        assert main(words) == 2
+        assert "holds a model of other values than" in capsys.readouterr().err
     data.write_text(before)
+    for more, message in (
+        (["--epochs", "3"], "holds a model trained with another epochs, 2 there and 3 here"),
+        (["--lookback", "24"], "holds a model trained with another look-back, 48 there and 24 here: choose another f"),
+        (["--lr", "0.1"], "holds a model trained with another learning rate, 0.001 there and 0.1 here"),
+    ):
+        assert main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_another_model_forecasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_tides(tmp_path / "tides.csv", dates=False)
+    words = ["forecast", data, "--horizon", "6", "--lookback", "24", "--epochs", "1", *CPU]
+    for kind, name, rest in (("dlinear", "DLinear", []), ("itransformer", "iTransformer", ["dlinear"])):
+        folder = tmp_path / kind
+        assert main([*words, "--model", kind, "--folder", str(folder)]) == 0
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted([kind, *rest])
+        assert [row[0] for row in rows_of(folder / "scores.csv")[1]][-1] == name
+        printed = capsys.readouterr().out
+        assert "300 steps without dates, of 2 columns" in printed
+        assert f"\n{name}" in printed
+    assert main([*words, "--model", "dlinaer"]) == 2
+    assert "dlinaer" in capsys.readouterr().err
+
+
+def test_a_value_too_far_from_all_others_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Path(write_tides(tmp_path / "tides.csv"))
+    lines = data.read_text().splitlines()
+    lines[290] = lines[290].rpartition(",")[0] + ",1e20"
+    data.write_text("\n".join(lines))
+    assert main(["forecast", str(data), "--horizon", "6", "--folder", str(tmp_path / "run"), *CPU]) == 2
+    assert "has a value of 1e+20 in column 'tide1'" in capsys.readouterr().err
+    words = ["--missing", "previous", "--missing-value", "1e20", "--epochs", "1", "--folder", str(tmp_path / "run")]
+    assert main(["forecast", str(data), "--horizon", "6", *words, *CPU]) == 0
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "trimtab forecast needs --horizon; see trimtab forecast --help"),
-        (["nowhere.csv", "--horizon", "6"], "there is no series 'nowhere.csv': expected ETTh1, "),
+        (["nowhere.csv", "--horizon", "6"], "there is no series 'nowhere.csv'. Expected ETTh1, "),
         (["{data}"], "trimtab forecast needs --horizon"),
         (["{data}", "--horizon", "0"], "--horizon must be at least 1, got 0"),
         (

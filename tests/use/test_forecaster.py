@@ -141,11 +141,34 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, fitted: Forecaster) -> No
     with pytest.raises(CheckpointError, match="is damaged"):
         Forecaster.load(tmp_path)
     (tmp_path / "forecaster.json").write_text('{"format": "other"}')
-    with pytest.raises(CheckpointError, match=r"is damaged: expected the format trimtab\.forecaster\.1"):
+    with pytest.raises(CheckpointError, match=r"is damaged: expected the format trimtab\.forecaster\.2"):
         Forecaster.load(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="cannot write to"):
         fitted.save(tmp_path / "file")
+
+
+def test_a_forecaster_that_was_changed_by_hand_is_refused(fitted: Forecaster, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    path = tmp_path / "forecaster.json"
+    whole = path.read_text()
+    assert '"level",' in whole
+    for changed in (
+        whole.replace("0.0", "1.0", 1),
+        whole.replace('"level",\n', "", 1),
+        whole.replace("level", "flow!"),
+    ):
+        assert changed != whole
+        path.write_text(changed)
+        with pytest.raises(CheckpointError, match=r"is damaged: forecaster\.json is not what was written"):
+            Forecaster.load(tmp_path)
+
+
+def test_home_is_expanded(fitted: Forecaster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fitted.save("~/kept")
+    assert (tmp_path / "kept" / "forecaster.json").is_file()
+    assert Forecaster.load("~/kept").columns == fitted.columns
 
 
 def test_files_of_two_saves_do_not_go_together(fitted: Forecaster, tmp_path: Path) -> None:
@@ -187,7 +210,7 @@ def test_with_a_folder_the_same_call_goes_on_and_another_series_does_not(
     assert again.predict(frame).equals(first.predict(frame))
     with pytest.raises(RunFolderError, match="holds another series: choose another folder"):
         Forecaster(L, H, **SMALL).fit(frame + 1e-9, folder=tmp_path)
-    with pytest.raises(RunFolderError, match=r"holds another run: lr is 0\.001 there and 0\.01 here"):
+    with pytest.raises(RunFolderError, match=r"with another learning rate, 0\.001 there and 0\.01 here"):
         Forecaster(L, H, **SMALL, lr=0.01).fit(frame, folder=tmp_path)
 
 
@@ -232,10 +255,111 @@ def test_dates_stay_dates(fitted: Forecaster) -> None:
     assert str(made["when"][0]) == "2024-05-30"
 
 
-def test_times_that_the_zone_skips_are_told(fitted: Forecaster) -> None:
-    frame = tides(frequency="D", first="2023-11-02 02:30", zone="Europe/Berlin")  # 2024-03-31 02:30 does not exist
-    with pytest.raises(DataError, match="is skipped or comes twice in Europe/Berlin, where clocks change"):
-        refitted(fitted, frame).predict(frame)
+@pytest.mark.parametrize(
+    ("first", "zone", "expected"),
+    [
+        ("2023-11-02 02:30", "Europe/Berlin", "2024-03-31 03:30:00+02:00"),  # 02:30 does not exist
+        ("2023-11-28", "Africa/Cairo", "2024-04-26 01:00:00+03:00"),  # nor this midnight
+        ("2024-05-30 02:30", "Europe/Berlin", "2024-10-27 02:30:00+02:00"),  # and this comes twice
+    ],
+)
+def test_times_that_the_zone_skips_come_later(first: str, zone: str, expected: str, fitted: Forecaster) -> None:
+    frame = tides(frequency="D", first=first, zone=zone)
+    for given in (frame, in_polars(frame)):
+        made = refitted(fitted, given).predict(given)
+        times = made.index if given is frame else made["when"]
+        assert str(times[0]) == expected
+        assert (times[1].hour, times[1].minute) == (frame.index[0].hour, frame.index[0].minute)
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York"])
+@pytest.mark.parametrize("frequency", ["D", "MS", "7D"])
+def test_midnights_in_utc_stay_so_whatever_zone_shows_them(zone: str, frequency: str, fitted: Forecaster) -> None:
+    times = pd.date_range("2023-10-01", periods=154, freq=frequency, tz="UTC").tz_convert(zone)
+    frame = tides(150).set_index(times[:150].rename("when"))
+    made = refitted(fitted, frame).predict(frame)
+    assert made.index.equals(times[150:])
+    assert made.index.dtype == times.dtype
+
+
+def test_days_without_a_change_of_clocks_are_those_of_which_they_are_midnights(fitted: Forecaster) -> None:
+    for zone in ("UTC", "Europe/Berlin"):
+        times = pd.date_range("2023-11-02", periods=154, freq="D", tz=zone)[:148].tz_convert("Europe/Berlin")
+        frame = tides(144).set_index(times[:144].rename("when"))
+        made = refitted(fitted, frame).predict(frame)
+        assert made.index.tz_convert(zone).equals(times[144:148].tz_convert(zone))
+        later = tides(20).set_index(pd.date_range("2024-03-12", periods=20, freq="D", tz=zone, name="when"))
+        later = later.tz_convert("Europe/Berlin")  # its last day is the 31st, when clocks change
+        made = refitted(fitted, frame).predict(later)
+        assert made.index[0] == pd.Timestamp("2024-04-01", tz=zone)
+
+
+def test_times_finer_than_a_microsecond_are_told(fitted: Forecaster) -> None:
+    frame = tides().set_axis(pd.date_range("2024", periods=150, freq="1500ns", name="when"), axis=0)
+    with pytest.raises(DataError, match=r"row 1: .* is not a whole number of microseconds"):
+        Forecaster(L, H, **SMALL).fit(frame)
+
+
+@pytest.mark.parametrize("size", [1e20, -9.96921e36, 1e100])
+def test_values_too_far_from_all_others_are_told(size: float, fitted: Forecaster) -> None:
+    """As the marks for missing values of some formats: their squares are infinite."""
+    frame = tides()
+    for place in (0, 145):  # of training, where the scale is theirs, and of validation
+        wrong = frame.copy()
+        wrong.iloc[place, 0] = size
+        if place:
+            with pytest.raises(
+                DataError, match=r"has a value of -?[0-9.e+]+ in column 'level', .* standard deviations"
+            ):
+                Forecaster(L, H, **SMALL).fit(wrong)
+            with pytest.raises(DataError, match=r"in column 'level', [0-9.e+]+ standard dev.* missing value, say so"):
+                fitted.predict(wrong)
+
+
+def test_a_column_constant_but_for_rounding_is_constant(caplog: pytest.LogCaptureFixture) -> None:
+    frame = tides().assign(flat=[0.1 + 0.2, 0.3] * 75)
+    frame.loc[frame.index[130] :, "flat"] = 5.0
+    made = Forecaster(L, H, **SMALL).fit(frame)
+    assert "constant over the training steps, and scaled by 1: flat" in caplog.text
+    assert made.metrics["mse"] < 100
+    np.testing.assert_allclose(made.predict(frame)["flat"], 5.0, rtol=1e-6)
+
+
+def test_a_short_look_back_may_have_a_holiday(fitted: Forecaster, caplog: pytest.LogCaptureFixture) -> None:
+    times = pd.bdate_range("2024-01-01", periods=154)
+    frame = tides(150).set_index(times[:150].rename("when"))
+    forecaster = Forecaster(5, 2, **SMALL).fit(frame.drop(frame.index[147]))
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        made = forecaster.predict(frame.drop(frame.index[147]))
+        forecaster.predict(frame.drop(frame.index[147])[-5:])
+    assert made.index.equals(times[150:152])
+    assert caplog.messages[-1] == "the frame: steps longer or shorter than 1 business day, which count like it: 1"
+    days = tides(154).set_index(pd.date_range("2024-01-01", periods=154, name="when"))
+    with pytest.raises(DataError, match="are not evenly apart: 1 of 4 steps"):
+        forecaster.predict(days[:-1])  # to a Saturday
+    with pytest.raises(DataError, match="are not evenly apart"):
+        fitted.predict(tides().set_axis(pd.date_range("2024", periods=150, freq="3h", name="when"), axis=0))
+
+
+def test_what_is_drawn_here_changes_nothing_of_the_caller(fitted: Forecaster, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    Forecaster(L, H, **SMALL).fit(tides())
+    fitted.save(tmp_path)
+    Forecaster.load(tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_default_dtype_is_that_of_training(fitted: Forecaster) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        forecaster = Forecaster(L, H, **SMALL).fit(tides())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weight.dtype for weight in forecaster._known()[1].model.parameters()} == {torch.float64}
+    np.testing.assert_allclose(forecaster.predict(tides()), forecaster.predict(tides()))
+    assert forecaster.predict(tides())["flow"].between(4000, 6000).all()
 
 
 FRAMES: dict[str, tuple[Callable[[pd.DataFrame], Any], str]] = {
@@ -350,11 +474,11 @@ def test_missing_values_become_the_last_before_if_asked(tmp_path: Path) -> None:
     assert made.predict(in_polars(frame).fill_nan(None)).equals(in_polars(made.predict(filled)))
     assert made.metrics == Forecaster(L, H, **SMALL).fit(filled).metrics
     # of a forecaster that refuses, those before what it sees do no harm
-    made.save(tmp_path)
-    (tmp_path / "forecaster.json").write_text((tmp_path / "forecaster.json").read_text().replace("previous", "refuse"))
+    refusing = Forecaster(L, H, **SMALL)
+    refusing._fitted = made._known()
     early = filled.copy()
     early.iloc[20, 1] = np.nan
-    assert Forecaster.load(tmp_path).predict(early).equals(made.predict(filled))
+    assert refusing.predict(early).equals(made.predict(filled))
 
 
 def test_a_series_that_is_too_short_is_refused() -> None:

@@ -1,5 +1,6 @@
 """A trained model that forecasts: from values to forecasts and intervals, all in the units of the columns."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trimtab.errors import DataError, RunFolderError
+from trimtab.errors import DataError, RecipeError, RunFolderError
 from trimtab.tasks.forecasting.conformal import conformal_margin
 from trimtab.tasks.forecasting.forecasting_recipe import ForecastingRecipe
-from trimtab.tasks.forecasting.parts import FILE, series_file
+from trimtab.tasks.forecasting.parts import FILE, scaled, series_file
 from trimtab.tasks.forecasting.series import Numbers, Series
 from trimtab.tasks.forecasting.splits import Scaler, fit_scaler
 from trimtab.tasks.forecasting.windows import windows
+from trimtab.tasks.recipes import recipe_of
 from trimtab.tasks.task import Examples
-from trimtab.train.folder import FILES
+from trimtab.train.folder import FILES, RUN
 from trimtab.train.trained import load_trained, open_trained
 
 _WINDOWS = 1000  # of validation whose errors are kept,
@@ -43,27 +45,28 @@ class FittedForecast:
     scaler: Scaler
     errors: NDArray[np.float32]
 
-    def forecast(self, values: Numbers) -> Numbers:
-        """What comes after values (C, T), of which the last L count: (C, H).
+    def forecast(self, series: Series) -> Numbers:
+        """What comes after a series, of which the last L steps count: (C, H).
 
         Raises:
-            DataError: there are fewer than L.
+            DataError: there are fewer than L, or a value is too far from those of the training steps.
         """
-        if values.shape[1] < self.lookback:
+        if series.num_steps < self.lookback:
             raise DataError(
-                f"a forecast needs the last {self.lookback:,} steps, the look-back; there are {values.shape[1]:,}"
+                f"a forecast needs the last {self.lookback:,} steps, the look-back; there are {series.num_steps:,}"
             )
-        seen = torch.from_numpy(self.scaler.scale(values[:, -self.lookback :])).float()
-        return self.scaler.unscale(self.scaled(seen[None])[0].double().numpy())
+        seen = scaled(series, self.scaler, slice(-self.lookback, None))
+        return self.scaler.unscale(self.of_windows(seen[None])[0].double().numpy())
 
     @torch.no_grad()
-    def scaled(self, x: Tensor) -> Tensor:
+    def of_windows(self, x: Tensor) -> Tensor:
         """Forecasts of windows on the model's scale, (B, C, L) -> (B, C, H).
 
         A column that is constant over the training steps keeps its last value: there was nothing to learn of it.
         """
         constant = torch.from_numpy(self.scaler.constant)
-        return torch.where(constant[:, None], x[..., -1:], self.model(x))
+        dtype = next((weight.dtype for weight in self.model.parameters()), x.dtype)  # as it was trained
+        return torch.where(constant[:, None], x[..., -1:], self.model(x.to(dtype)).to(x.dtype))
 
     def margin(self, level: float) -> Numbers:
         """Half the width of the intervals around a forecast, (C, H); see `conformal_margin`.
@@ -75,7 +78,7 @@ class FittedForecast:
 
     def examples(self, series: Series, begin: int, end: int) -> Examples:
         """The windows of a series, on the model's scale, whose forecast lies from `begin` to before `end`."""
-        values = torch.from_numpy(self.scaler.scale(series.values[:, :end])).float()
+        values = scaled(series, self.scaler, slice(0, end))
         return windows(values, begin, end, self.lookback, self.horizon)
 
 
@@ -101,20 +104,59 @@ def fitted_forecast(folder: str | Path, series: Series, train: int, validation: 
     return replace(fitted, errors=_errors(fitted, fitted.examples(series, train, validation), recipe.seed))
 
 
-def check_same_series(folder: Path, series: Series, train: int) -> None:
-    """Refuse to go on with a run whose columns, or the scale of their training steps, are not those of the series.
+def check_same_series(folder: Path, series: Series, train: int, validation: int) -> None:
+    """Refuse to go on with a run whose columns, or values of training and validation, are not those of the series.
 
     Args:
         folder: the run's; it need not be there.
         series: without missing values.
         train: the step that ends its training part.
+        validation: the step that ends its validation part.
 
     Raises:
         RunFolderError: the run has begun with other ones.
     """
     path = folder / FILES / FILE
-    if path.is_file() and path.read_text("utf-8") != series_file(series, fit_scaler(series.values[:, :train])):
-        raise RunFolderError(f"{folder} holds a run on other values than {series.name} has now: choose another folder")
+    if path.is_file() and path.read_text("utf-8") != series_file(series, train, validation):
+        raise RunFolderError(
+            f"{folder} holds a model of other values than {series.name} has now: choose another folder (--folder), or "
+            "remove this one to train anew"
+        )
+
+
+def check_same_training(folder: Path, recipe: ForecastingRecipe) -> None:
+    """Refuse to go on with a run of other settings, and tell the first that differs by the name that people set.
+
+    Args:
+        folder: the run's; it need not be there.
+        recipe: with which it would go on.
+
+    Raises:
+        RunFolderError: the run has begun with other ones.
+    """
+    try:
+        there = recipe_of(json.loads((folder / RUN).read_bytes()))
+    except (OSError, ValueError, TypeError, RecipeError):
+        return  # nothing there, or what training will refuse
+    if not isinstance(there, ForecastingRecipe):
+        return
+    epochs = there.steps // there.eval_every, recipe.steps // recipe.eval_every
+    for name, then, now in (
+        ("model", there.model.kind, recipe.model.kind),
+        ("look-back", there.model.lookback, recipe.model.lookback),
+        ("horizon", there.model.horizon, recipe.model.horizon),
+        ("learning rate", there.lr, recipe.lr),
+        ("seed", there.seed, recipe.seed),
+        ("split", there.split, recipe.split),
+        ("epochs", *epochs),
+        ("batch size", there.batch_size, recipe.batch_size),
+        ("stabilizer", there.stabilizer, recipe.stabilizer),
+    ):
+        if then != now:
+            raise RunFolderError(
+                f"{folder} holds a model trained with another {name}, {then} there and {now} here: choose another "
+                "folder, or remove this one"
+            )
 
 
 def calibration_size(windows: int, channels: int, horizon: int) -> int:
@@ -152,5 +194,5 @@ def _errors(fitted: FittedForecast, examples: Examples, seed: int) -> NDArray[np
     found: list[NDArray[np.float32]] = []
     for indices in chosen.split(_TOGETHER):
         x, y = examples.batch(indices, generator)
-        found.append((fitted.scaled(x) - y).abs().numpy())
+        found.append((fitted.of_windows(x) - y).abs().float().numpy())
     return np.concatenate(found)

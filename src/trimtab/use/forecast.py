@@ -21,17 +21,19 @@ from trimtab.tasks.forecasting.series import Missing, Series, complete
 from trimtab.tasks.forecasting.sets import BENCHMARKS, find_series
 from trimtab.tasks.forecasting.splits import SHARES, Split, ends_of
 from trimtab.train.hardware import Hardware
+from trimtab.train.progress import read_result
 from trimtab.train.screen import console
 from trimtab.train.train_command import stopped, train_on_screen
 from trimtab.use.fitted_forecast import (
     FittedForecast,
     calibration_size,
     check_same_series,
+    check_same_training,
     fitted_forecast,
     named_forecast,
 )
 from trimtab.use.forecast_files import draw_forecast, write_table
-from trimtab.use.forecast_scores import Scores, by_column, overall, scores_of
+from trimtab.use.forecast_scores import Scores, by_column, overall, scores_of, write_scores
 from trimtab.use.forecaster_settings import ForecasterSettings, usual
 from trimtab.use.notices import told_once
 from trimtab.use.steady_series import check_frequency, in_words
@@ -40,17 +42,23 @@ from trimtab.words import WordsError, parse_words
 LOOKBACK = 512
 """The published one, which a file of enough rows has without --lookback."""
 
-_NAMES: dict[Kind, str] = {"samformer": "SAMformer", "dlinear": "DLinear"}  # in the order in which they are trained
+_NAMES: dict[Kind, str] = {
+    "samformer": "SAMformer",
+    "transformer": "Transformer",
+    "itransformer": "iTransformer",
+    "tsmixer": "TSMixer",
+    "dlinear": "DLinear",
+}
 _FEW = 8  # columns that are told one by one
 
 
 @dataclass(frozen=True)
 class ForecastOptions:
-    """Forecast the next steps of all columns of a CSV file, by SAMformer trained on it.
+    """Forecast the next steps of all columns of a CSV file, by SAMformer or another model trained on it.
 
     DATA is the file, a row for each step, or the name of a benchmark: ETTh1, weather, ... Its test part tells what the
-    forecasts are worth, beside those that repeat the last value or season, and DLinear's. The folder has forecast.csv
-    and forecast.png in the end. The same command again goes on where it was stopped.
+    forecasts are worth, beside those that repeat the last value or season, and DLinear's. The folder has forecast.csv,
+    forecast.png and scores.csv in the end. The same command again goes on where it was stopped.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -58,6 +66,9 @@ class ForecastOptions:
 
     horizon: int
     """How many steps to forecast."""
+
+    model: Kind = "samformer"
+    """Which forecasts; DLinear is trained beside it."""
 
     lookback: int | None = None
     """How many steps the model sees; None: 512, or a quarter of the training steps less the horizon if that is less, in
@@ -129,22 +140,26 @@ def forecast_command(words: Sequence[str]) -> int:
     season = None if series.frequency is None else series.frequency.season()
     lookback = options.lookback or lookback_for(data.train, options.horizon, season)
     _check_parts(options, data)
+    kinds: tuple[Kind, ...] = (options.model,) if options.model == "dlinear" else (options.model, "dlinear")
     recipes = {
-        kind: _settings(options, kind, lookback).recipe(options.data, data.train, options.split) for kind in _NAMES
+        kind: _settings(options, kind, lookback).recipe(options.data, data.train, options.split) for kind in kinds
     }
     name = Path(options.data).name.removesuffix(".gz").removesuffix(".csv")
     folder = options.folder or Path("runs") / f"forecast-{name}-{options.horizon}"
     terminal = console()
-    apart = "" if series.frequency is None else f", {in_words(series.frequency)} apart"
+    apart = " without dates" if series.frequency is None else f", {in_words(series.frequency)} apart"
     columns = count(series.num_columns, "column")
     _tell(terminal, f"{series.name}: {count(series.num_steps, 'step')}{apart}, of {columns}")
     _tell(terminal, f"look-back {lookback:,}{'' if options.lookback else ' (chosen)'}, horizon {options.horizon:,}")
     fitted: dict[Kind, FittedForecast] = {}
     with told_once(series.name, series.name):
         for kind, recipe in recipes.items():
-            check_same_series(folder / kind, series, data.train)
+            check_same_series(folder / kind, series, data.train, data.validation)
             recipe = replace(recipe, columns=options.columns, missing_value=options.missing_value)
-            if not terminal.is_interactive:  # there, the folder is told all the time
+            check_same_training(folder / kind, recipe)
+            if read_result(folder / kind) is not None:
+                _tell(terminal, f"{_NAMES[kind]} is trained already, in {folder / kind}")
+            elif not terminal.is_interactive:  # there, the folder is told all the time
                 _tell(terminal, f"training {_NAMES[kind]}, in {folder / kind}")
             arm = {"arm": _NAMES[kind]}  # its name in reports
             result = train_on_screen(recipe, folder / kind, terminal, Hardware(options.accelerator), arm)
@@ -152,10 +167,14 @@ def forecast_command(words: Sequence[str]) -> int:
                 _tell(terminal, stopped(result, shlex.join(["trimtab", "forecast", *words])))
                 return 130
             if result.status == "diverged":
-                raise RecipeError(f"{kind} diverged at step {result.steps:,}: try a lower --lr than {recipe.lr:g}")
+                raise RecipeError(
+                    f"{_NAMES[kind]} diverged at step {result.steps:,}: try a lower --lr than {recipe.lr:g}, in "
+                    "another --folder"
+                )
             fitted[kind] = fitted_forecast(folder / kind, series, data.train, data.validation)
-    _tell(terminal, _measured(fitted, data, season, options))
-    _write(folder, fitted["samformer"], data, options.level)
+    scores = _scores(fitted, data, season, options)
+    _tell(terminal, _told(scores, fitted[options.model], data, season, options))
+    _write(folder, fitted[options.model], data, scores, options.level)
     _tell(terminal, f"the next {count(options.horizon, 'step')}: {folder / 'forecast.csv'}, {folder / 'forecast.png'}")
     return 0
 
@@ -218,16 +237,25 @@ def _settings(options: ForecastOptions, kind: Kind, lookback: int) -> Forecaster
     )
 
 
-def _measured(fitted: dict[Kind, FittedForecast], data: _Data, season: int | None, options: ForecastOptions) -> str:
-    """What the test part tells."""
-    model, level, horizon = fitted["samformer"], options.level, options.horizon
+def _scores(
+    fitted: dict[Kind, FittedForecast], data: _Data, season: int | None, options: ForecastOptions
+) -> dict[str, Scores]:
+    """What the test part tells of each way to forecast, the one that does so last."""
+    model, level, horizon = fitted[options.model], options.level, options.horizon
     test = model.examples(data.series, data.validation, data.test)
     scores: dict[str, Scores] = {"last value": scores_of(lambda x: last_value(x, horizon), test)}
     if season is not None and season <= model.lookback:
         scores["last season"] = scores_of(lambda x: last_season(x, horizon, season), test)
-    scores["DLinear"] = scores_of(fitted["dlinear"].scaled, test)
+    if options.model != "dlinear":
+        scores["DLinear"] = scores_of(fitted["dlinear"].of_windows, test)
     margin = None if level is None else model.margin(level) / model.scaler.sd[:, None]
-    scores["SAMformer"] = scores_of(model.scaled, test, margin)
+    scores[_NAMES[options.model]] = scores_of(model.of_windows, test, margin)
+    return scores
+
+
+def _told(
+    scores: dict[str, Scores], model: FittedForecast, data: _Data, season: int | None, options: ForecastOptions
+) -> str:
     lines = [f"on the {data.test - data.validation:,} test steps, of values scaled by the training steps:"]
     lines.append(overall(scores))
     if "last season" not in scores:
@@ -235,27 +263,30 @@ def _measured(fitted: dict[Kind, FittedForecast], data: _Data, season: int | Non
         lines.append(f"(no last season: {why})")
     if data.series.num_columns <= _FEW:
         lines += ["", by_column(scores, data.series.columns, model.scaler), ""]
-    best = min(scores, key=lambda name: scores[name].mse.mean())
-    if best != "SAMformer":
-        lines.append(f"the lowest MSE is not that of SAMformer, which forecasts, but {best}'s")
-    held = scores["SAMformer"].held
+    best, name = min(scores, key=lambda name: scores[name].mse.mean()), _NAMES[options.model]
+    if best != name:
+        other = " (--model dlinear forecasts by it)" if best == "DLinear" else ""
+        lines.append(f"the lowest MSE is not that of {name}, which forecasts, but {best}'s{other}")
+    held = scores[name].held
     if held is not None:
-        lines.append(f"its intervals of level {level:g} hold {held:.3f} of the test values")
+        lines.append(f"its intervals of level {options.level:g} hold {held:.3f} of the test values")
     return "\n".join(lines)
 
 
-def _write(folder: Path, model: FittedForecast, data: _Data, level: float | None) -> None:
-    """Write forecast.csv and forecast.png, aside and then renamed."""
+def _write(folder: Path, model: FittedForecast, data: _Data, scores: dict[str, Scores], level: float | None) -> None:
+    """Write forecast.csv, forecast.png and scores.csv, aside and then renamed."""
     series = data.series
-    forecast = model.forecast(series.values)
+    forecast = model.forecast(series)
     margin = None if level is None else model.margin(level)
     frequency = series.frequency
     times = None if series.times is None or frequency is None else frequency.after(series.times[-1], model.horizon)
-    table, picture = folder / "forecast.csv", folder / "forecast.png"
+    table, picture, worth = folder / "forecast.csv", folder / "forecast.png", folder / "scores.csv"
     try:
         columns = named_forecast(series.columns, forecast, margin)
         write_table(table.with_suffix(".csv.part"), columns, times, series)
         draw_forecast(picture.with_suffix(".part.png"), series, times, forecast, margin, level)
+        write_scores(worth.with_suffix(".csv.part"), scores, series.columns, model.scaler)
+        os.replace(worth.with_suffix(".csv.part"), worth)
         os.replace(table.with_suffix(".csv.part"), table)
         os.replace(picture.with_suffix(".part.png"), picture)
     except OSError as error:

@@ -1,7 +1,9 @@
 """How well ways to forecast do on a test part, column by column, and what is printed of it."""
 
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,6 +76,21 @@ def by_column(scores: Mapping[str, Scores], columns: Sequence[str], scaler: Scal
         rows = [[name, *(f"{value:.4g}" for value in row)] for name, row in zip(columns, values, strict=True)]
         tables.append(aligned([[title, *scores], *rows]))
     return "\n\n".join(tables)
+
+
+def write_scores(path: Path, scores: Mapping[str, Scores], columns: Sequence[str], scaler: Scaler) -> None:
+    """Write all errors as a CSV file, a line for each way to forecast and column: in its units, and of scaled values.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["forecast", "column", "mse", "mae", "scaled_mse", "scaled_mae"])
+        for name, each in scores.items():
+            for place, column in enumerate(columns):
+                own = (each.mse[place] * scaler.sd[place] ** 2, each.mae[place] * scaler.sd[place])
+                writer.writerow([name, column, *(f"{value:.7g}" for value in (*own, each.mse[place], each.mae[place]))])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

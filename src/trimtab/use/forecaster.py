@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import torch
 
 from trimtab.errors import DataError, RecipeError, RunFolderError
 from trimtab.models.forecasting import ForecastModelConfig, Kind
@@ -19,7 +20,7 @@ from trimtab.tasks.forecasting.recipes import EPOCHS
 from trimtab.tasks.forecasting.series import Missing, Series
 from trimtab.train.hardware import Hardware
 from trimtab.train.loop import OnStep, train
-from trimtab.use.fitted_forecast import FittedForecast, fitted_forecast, named_forecast
+from trimtab.use.fitted_forecast import FittedForecast, check_same_training, fitted_forecast, named_forecast
 from trimtab.use.forecaster_file import FrameFacts, read_forecaster, write_forecaster
 from trimtab.use.forecaster_settings import ForecasterSettings, usual
 from trimtab.use.frames import frame_like, in_order, read_frame, series_of
@@ -146,16 +147,20 @@ class Forecaster:
         series = completed(series, self._settings.missing)
         frequency = check_frequency(series)
         _check_validation(series, begin, self._settings.model.horizon)
-        with _folder(folder) as place:
+        with _folder(folder) as place, torch.random.fork_rng(devices=[]):
             steps = (begin, series.num_steps - begin, 0)
             recipe = self._settings.recipe(str(place / _SERIES), begin, steps, watch=folder is not None)
             _write_series(place / _SERIES, series)
+            check_same_training(place / _RUN, recipe)
             with told_once(recipe.data, series.name):
                 result = train(recipe, place / _RUN, on_step, hardware=Hardware(self._settings.accelerator))
             if result.status == "interrupted":
                 raise KeyboardInterrupt
             if result.status == "diverged":
-                raise RecipeError(f"training diverged at step {result.steps:,}: take a lower lr than {recipe.lr:g}")
+                where = "" if folder is None else ", and another folder"
+                raise RecipeError(
+                    f"training diverged at step {result.steps:,}: take a lower lr than {recipe.lr:g}{where}"
+                )
             fitted = fitted_forecast(place / _RUN, series, begin, series.num_steps)
         metrics = {name: result.metrics[name] for name in ("mse", "mae")}
         self._fitted = FrameFacts(series.columns, frequency, local, metrics), fitted
@@ -188,13 +193,14 @@ class Forecaster:
         series = in_order(series_of(found, local=facts.local)[0], facts.columns)
         if self._settings.missing == "previous":  # which may lie before what counts
             series = completed(series, "previous")
+        assert series.times is not None  # those of the frame
+        before = series.times
         series = completed(last(series, fitted.lookback), self._settings.missing)
-        check_goes_on(series, facts.frequency)
-        forecast = fitted.forecast(series.values)
+        check_goes_on(series, facts.frequency, before)
+        forecast = fitted.forecast(series)
         order = [facts.columns.index(column) for column in found.columns]
         made = named_forecast(found.columns, forecast[order], None if margin is None else margin[order])
-        assert series.times is not None  # those of the frame
-        return frame_like(found, facts.frequency.after(series.times[-1], fitted.horizon), made, local=facts.local)
+        return frame_like(found, facts.frequency.after(before[-1], fitted.horizon), made, local=facts.local)
 
     def save(self, folder: str | Path) -> None:
         """Write what was fitted into a folder, two files; those of an earlier save are replaced.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from trimtab.tasks.typed import typed
 from trimtab.use.fitted_forecast import FittedForecast
 from trimtab.use.forecaster_settings import ForecasterSettings
 
-_FORMAT = "trimtab.forecaster.1"
+_FORMAT = "trimtab.forecaster.2"
 _CONTENT, _TENSORS = "forecaster.json", "forecaster.safetensors"
 _MODEL, _ERRORS = "model.", "errors"
 
@@ -47,7 +48,8 @@ def write_forecaster(
 ) -> None:
     """Write both files, aside and then renamed; those that are there are replaced.
 
-    The first knows the second by its sha256: killed between the two, they are found not to belong together.
+    The first knows the second, and itself, by a sha256: killed between the two, they are found not to belong
+    together.
 
     Raises:
         RunFolderError: they cannot be written.
@@ -56,7 +58,7 @@ def write_forecaster(
 
     from trimtab import __version__
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     content = {
         "format": _FORMAT,
         "trimtab": __version__,
@@ -70,6 +72,7 @@ def write_forecaster(
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / f"{_TENSORS}.part")
         content["sha256"] = _sha256(folder / f"{_TENSORS}.part")
+        content["sha256_of_this"] = _sha256_of(content)
         (folder / f"{_CONTENT}.part").write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
         for name in (_TENSORS, _CONTENT):
             os.replace(folder / f"{name}.part", folder / name)
@@ -86,19 +89,22 @@ def read_forecaster(folder: str | Path) -> tuple[ForecasterSettings, FrameFacts,
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         content = json.loads((folder / _CONTENT).read_text("utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"expected the format {_FORMAT}, it has {content['format']!r}")
+        if content.pop("sha256_of_this") != _sha256_of(content):
+            raise ValueError(f"{_CONTENT} is not what was written")
         settings: ForecasterSettings = typed(ForecasterSettings, content["settings"], "settings")
         facts: FrameFacts = typed(FrameFacts, content["frame"], "frame")
         if _sha256(folder / _TENSORS) != content["sha256"]:
             raise ValueError(f"{_CONTENT} and {_TENSORS} are not of one save")
         tensors = load_file(folder / _TENSORS)
         errors = tensors.pop(_ERRORS).numpy()
-        model = make_forecast_model(replace(settings.model, channels=len(facts.columns)))
-        stabilize_(model, settings.stabilizer, changes_made=True)
+        with torch.random.fork_rng(devices=[]):  # what is drawn here is overwritten
+            model = make_forecast_model(replace(settings.model, channels=len(facts.columns)))
+            stabilize_(model, settings.stabilizer, changes_made=True)
         if any(map(folds, applied(model))):  # as it was written
             fold_(model)
         model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
@@ -112,6 +118,10 @@ def read_forecaster(folder: str | Path) -> tuple[ForecasterSettings, FrameFacts,
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"the forecaster in {folder} is damaged: {error}") from None
     return settings, facts, fitted
+
+
+def _sha256_of(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import UTC, date
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import narwhals as nw
 import numpy as np
@@ -84,7 +85,7 @@ def series_of(frame: Frame, *, local: bool | None = None) -> tuple[Series, bool]
     Args:
         frame: as `read_frame` found it.
         local: whether times count as clocks show them in their time zone, and not as in UTC; None to find out: they do
-            where they are days apart or more, as midnights are.
+            where they are days apart or more by the clock, as midnights are, and not more evenly so in UTC.
 
     Returns:
         The series, and whether its times are those of clocks.
@@ -93,7 +94,7 @@ def series_of(frame: Frame, *, local: bool | None = None) -> tuple[Series, bool]
         DataError: a time is missing, comes twice, or before an earlier one; or there is no row or column.
     """
     if local is None:
-        local = frame.zone is not None and _is_of_days(frequency_of(_times(frame, local=True))[0])
+        local = frame.zone is not None and _counts_by_clock(frame)
     times = _times(frame, local)
     if not frame.columns or not len(times):
         raise DataError(
@@ -110,6 +111,8 @@ def series_of(frame: Frame, *, local: bool | None = None) -> tuple[Series, bool]
 def frame_like(frame: Frame, times: Times, columns: Mapping[str, Numbers], *, local: bool) -> Any:
     """A frame of the same library, with other times and columns, the times where and of the type that they were.
 
+    Times of clocks that a time zone skips come as much later as it skips; those that it has twice are the first ones.
+
     Args:
         frame: the frame it shall be like.
         times: (T,), in UTC, or as clocks show them.
@@ -117,10 +120,12 @@ def frame_like(frame: Frame, times: Times, columns: Mapping[str, Numbers], *, lo
         local: which of the two the times are.
 
     Raises:
-        DataError: a time does not exist, or twice, in the time zone.
+        DataError: a time does not exist, or twice, in a time zone that Python does not know.
     """
     library = frame.table.implementation
     kind = frame.time.dtype
+    if local and frame.zone is not None:
+        times, local = _in_utc(times, frame.zone)
     when = nw.new_series(frame.time.name, times.astype("datetime64[us]"), backend=library)
     when = when.cast(nw.Datetime(kind.time_unit) if isinstance(kind, nw.Datetime) else kind)
     if frame.zone is not None:
@@ -128,8 +133,8 @@ def frame_like(frame: Frame, times: Times, columns: Mapping[str, Numbers], *, lo
             dated = when.dt.replace_time_zone(frame.zone if local else "UTC")
         except Exception as error:  # each library has its own
             raise DataError(
-                f"a time from {times[0]} to {times[-1]} is skipped or comes twice in {frame.zone}, where clocks change "
-                f"({error}): give times in UTC"
+                f"a time from {times[0]} to {times[-1]} is skipped or comes twice in {frame.zone}, where clocks "
+                "change: give times in UTC"
             ) from error
         when = dated if local else dated.dt.convert_time_zone(frame.zone)
     made = nw.from_dict({name: columns[name] for name in (*frame.columns, *columns)}, backend=library)
@@ -197,6 +202,30 @@ def _time_column(table: "nw.DataFrame[Any]", name: str) -> "tuple[nw.Series[Any]
     )
 
 
+def _counts_by_clock(frame: Frame) -> bool:
+    """Whether times that tell a zone are even days, or longer, as clocks show them, and not rather in UTC."""
+    shown, utc = _times(frame, local=True), _times(frame, local=False)
+    (frequency, uneven), (_, uneven_in_utc) = frequency_of(shown), frequency_of(utc)
+    if not _is_of_days(frequency) or uneven != uneven_in_utc:
+        return _is_of_days(frequency) and uneven < uneven_in_utc
+    return _are_midnights(shown) or not _are_midnights(utc)
+
+
+def _are_midnights(times: Times) -> bool:
+    return bool((times == times.astype("datetime64[D]")).all())
+
+
+def _in_utc(times: Times, zone: str) -> tuple[Times, bool]:
+    """Times of clocks in UTC, and whether they are those of clocks still: in a zone that Python does not know."""
+    try:
+        place = ZoneInfo(zone)
+    except (ZoneInfoNotFoundError, ValueError):
+        return times, True
+    # Python takes a time that clocks skip for one by the clock before, and of two the first one.
+    moments = [time.replace(tzinfo=place).astimezone(UTC).replace(tzinfo=None) for time in times.tolist()]
+    return np.array(moments, dtype="datetime64[us]"), False
+
+
 def _is_of_days(frequency: Frequency | None) -> bool:
     return frequency is not None and (frequency.unit != "microsecond" or frequency.count % _DAY == 0)
 
@@ -206,4 +235,11 @@ def _times(frame: Frame, local: bool) -> Times:
     if frame.zone is not None:
         time = (time.dt.convert_time_zone(frame.zone) if local else time).dt.replace_time_zone(None)
     times: Times = time.cast(nw.Datetime("us")).to_numpy().astype("datetime64[us]")
+    if isinstance(time.dtype, nw.Datetime) and time.dtype.time_unit == "ns":
+        finer = np.flatnonzero(time.to_numpy().astype("datetime64[ns]") != times)
+        if len(finer):
+            raise DataError(
+                f"{frame.name}, row {finer[0]}: {time.to_list()[int(finer[0])]} is not a whole number of microseconds, "
+                "the finest that times can be here: round them, or let them count larger units"
+            )
     return times

@@ -12,6 +12,7 @@ from trimtab.tasks.forecasting.series import Missing, Series, complete, missing_
 from trimtab.tasks.forecasting.timestamps import Frequency, Times, frequency_of
 
 _UNEVEN = 0.1  # of the steps: with more, there is no frequency to go on with
+_MANY = 10  # steps, most of which no holidays explain
 
 _log = logging.getLogger("trimtab")
 
@@ -69,15 +70,24 @@ def check_frequency(series: Series) -> Frequency:
     return series.frequency
 
 
-def check_goes_on(series: Series, frequency: Frequency) -> None:
+def check_goes_on(series: Series, frequency: Frequency, before: Times) -> None:
     """Refuse a series of another frequency; some steps that are longer or shorter are told by a warning.
 
+    Args:
+        series: the look-back.
+        frequency: that of the fit.
+        before: all times that are known, the series' among them: a short look-back may have a holiday or a gap.
+
     Raises:
-        DataError: more than a tenth of the steps are.
+        DataError: more than a tenth of the series' steps are longer or shorter, and of all steps too; or most of the
+            series', if it has ten or more.
     """
     assert series.times is not None
-    uneven = _uneven(series.times, frequency)
-    _check_share(series.name, uneven, series.num_steps - 1, frequency)
+    uneven, steps = _uneven(series.times, frequency), series.num_steps - 1
+    if uneven > _UNEVEN * steps:
+        everywhere = _uneven(before, frequency) > max(1, _UNEVEN * (len(before) - 1))
+        if everywhere or (steps >= _MANY and uneven > steps / 2):
+            _check_share(series.name, uneven, steps, frequency)
     if uneven:
         _log.warning(
             "%s: steps longer or shorter than %s, which count like it: %d", series.name, in_words(frequency), uneven
@@ -95,7 +105,8 @@ def _check_share(name: str, uneven: int, steps: int, frequency: Frequency) -> No
     if uneven > _UNEVEN * steps:
         raise DataError(
             f"the times of {name} are not evenly apart: {uneven:,} of {steps:,} steps are longer or shorter than "
-            f"{in_words(frequency)}. Give it a row for each step (resample), and fill in the values"
+            f"{in_words(frequency)}. Give it a row for each step (resample), and fill in the values; even are equal "
+            "spans, the same day of each month, its last day, and days from Monday to Friday"
         )
 
 

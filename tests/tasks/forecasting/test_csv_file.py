@@ -87,6 +87,14 @@ def test_a_date_of_digits_by_the_name_of_its_column(path: Path) -> None:
     assert series.frequency == Frequency(86_400_000_000)
 
 
+def test_days_in_digits_under_any_name_in_front(path: Path) -> None:
+    series = series_of(path, "Tag,b\n20240101,1\n20240102,2\n")
+    assert series.columns == ("b",)
+    assert series.frequency == Frequency(86_400_000_000)
+    for numbers in ("b,Tag\n1,20240101\n2,20240102\n", "Tag,b\n20249999,1\n20240101,2\n"):
+        assert series_of(path, numbers).times is None
+
+
 def test_latin_1(path: Path) -> None:
     series = series_of(path, "date,°C\n2024-01-01,1\n2024-01-02,2\n".encode("latin-1"))
     assert series.columns == ("°C",)
@@ -147,6 +155,8 @@ def test_gaps_are_counted(path: Path) -> None:
         ("date,a\n2024-01-02,1\n2024-01-01,2\n", "line 3: 2024-01-01 00:00:00 comes before 2024-01-02"),
         ("date,a\n2024-01-02,1\n\n2024-01-32,2\n", "line 4: '2024-01-32' is no date like those before it"),
         ("date,a\n2024-01-02,1\n,2\n", "line 3: '' is no date"),
+        ("a,b\n1,2\n3,1_000\n5,6\n", "line 3: '1_000' in column 'b' is no number"),
+        ("a,b\nm,kW\n5,6\n7,8\n", r"line 1: 'a' in column 'column 1' is no number; .* names, and one of units\? Leav"),
         ("timestamp,a\n1700000000,1\n1700003600,2\n", "'timestamp' should tell the times and begins with '1700000000'"),
         ("date,a,a\n2024-01-01,1,2\n2024-01-02,1,2\n", "more than one column named 'a'"),
         (gzip.compress(HOURS.encode(), mtime=0)[:-20], "is damaged: its gzip cannot be unpacked"),

@@ -29,7 +29,7 @@ def test_a_path_is_read_and_columns_chosen(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_tells_of_those_there_are() -> None:
-    with pytest.raises(DataError, match=r"there is no series 'ETTh3': expected ETTh1, .* traffic, or the path"):
+    with pytest.raises(DataError, match=r"no series 'ETTh3'\. Did you mean ETTh2\? Expected ETTh1, .* or the path"):
         find_series("ETTh3")
 
 

@@ -131,5 +131,7 @@ def test_months_that_come_after_are_as_long_as_they_are() -> None:
         datetime(2021, 1, 15, 6),
         datetime(2021, 2, 15, 6),
     ]
+    days = Frequency(1, "month").after(np.datetime64("2024-01-30T06:00"), 3)
+    assert days.tolist() == [datetime(2024, 2, 29, 6), datetime(2024, 3, 30, 6), datetime(2024, 4, 30, 6)]
     ends = Frequency(1, "month end").after(np.datetime64("2023-12-31T23:00"), 3)
     assert ends.tolist() == [datetime(2024, 1, 31, 23), datetime(2024, 2, 29, 23), datetime(2024, 3, 31, 23)]

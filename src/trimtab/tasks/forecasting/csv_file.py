@@ -46,8 +46,9 @@ def read_csv(path: Path, columns: Sequence[str] | None = None, *, ordered: bool 
 
     Cells are separated by commas, semicolons or tabs. The first row names the columns if one of its cells is no number
     and no date where the second row has one; without such a row they are "column 1", "column 2" ... The first column
-    of dates tells the times. Columns without any number, and the unnamed one in front that counts rows, are left out,
-    which `Series.left_out` tells. Empty cells and "NA", "NaN", "null" and the like are missing values.
+    of dates tells the times; the very first one may have days in eight digits, 20241231. Columns without any number,
+    and the unnamed one in front that counts rows, are left out, which `Series.left_out` tells. Empty cells and "NA",
+    "NaN", "null" and the like are missing values.
 
     Args:
         path: of the file, in UTF-8 or Latin-1.
@@ -112,7 +113,7 @@ def _series(text: Iterator[str], name: str, columns: Sequence[str] | None, order
     begin = [row for row in (None if named else first, second) if row is not None]
     if not begin:
         raise DataError(f"{name} has the names of columns and no row of numbers")
-    dated = _date_column(names, begin[0][1], name)
+    dated = _date_column(names, [row for _, row in begin], name)
     read = [_Column(column) for column in names]
     dates, lines = _read(chain(begin, rows), read, dated, name)
 
@@ -159,6 +160,8 @@ def _read(
 
 def _add(column: _Column, cells: Sequence[str], lines: Sequence[int]) -> None:
     try:
+        if any("_" in cell for cell in cells):  # 1_000 is a number of Python's alone
+            raise ValueError
         values = np.fromiter(map(float, cells), np.float64, len(cells))
     except ValueError:
         found = [_number(cell) for cell in cells]
@@ -179,6 +182,7 @@ def _is_kept(column: _Column, wanted: Sequence[str] | None, name: str) -> bool:
         return False
     if column.others:
         hint = " A decimal comma, or one between thousands? Write 1234.5." if comma else ""
+        hint = " A row of names, and one of units? Leave one of them." if line == 1 else hint
         raise DataError(
             f"{name}, line {line}: {cell!r} in column {column.name!r} is no number; {column.others:,} of its cells are "
             f"none, {column.numbers:,} are.{hint} Correct the file, or choose other columns: --columns"
@@ -215,14 +219,22 @@ def _is_value(cell: str) -> bool:
 def _number(cell: str) -> float | None:
     """The number of a cell, NaN for a missing one; None if it is neither."""
     try:
-        return float(cell)
+        return float(cell.replace("_", "x"))  # 1_000 is a number of Python's alone
     except ValueError:
         return np.nan if cell.strip().lower() in _MISSING else None
 
 
-def _date_column(names: Sequence[str], row: Sequence[str], name: str) -> int | None:
-    for place, (column, cell) in enumerate(zip(names, row, strict=False)):
+def _is_day_in_digits(cell: str) -> bool:
+    """Whether a cell is a day as 20241231."""
+    digits = cell.strip()
+    return len(digits) == 8 and digits[:2] in ("19", "20") and digits.isdecimal() and is_date(digits)
+
+
+def _date_column(names: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> int | None:
+    for place, (column, cell) in enumerate(zip(names, rows[0], strict=False)):
         if _number(cell) is None and is_date(cell.strip()):
+            return place
+        if place == 0 and all(_is_day_in_digits(row[0]) for row in rows if row):
             return place
         if column.lower() in _DATE_NAMES:
             if is_date(cell.strip()):  # 20241231, also a number

@@ -1,5 +1,6 @@
 """A series in parts: what a model is trained, chosen and tested on, scaled by the first."""
 
+import hashlib
 import json
 import logging
 import os
@@ -7,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from trimtab.errors import DataError
 from trimtab.tasks.forecasting.series import Series
@@ -18,12 +21,14 @@ from trimtab.tasks.task import Examples
 FILE = "series.json"
 """What a trained model needs to be used: columns in order, their scale, and how far times are apart."""
 
+_FURTHEST = 1e12  # standard deviations from the mean: squares of errors, and their sums, stay float32 numbers
+
 _log = logging.getLogger("trimtab")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Examples whose batch is what is seen, (B, C, L), and what comes then, (B, C, H), float32.
+    """Examples whose batch is what is seen, (B, C, L), and what comes then, (B, C, H), of torch's default dtype.
 
     Attributes:
         channels: C.
@@ -57,7 +62,8 @@ def parts_of(series: Series, lookback: int, horizon: int, split: Split) -> Parts
         split: of the steps.
 
     Raises:
-        DataError: the series is shorter than the split, or a part is too short for a window.
+        DataError: the series is shorter than the split, a part is too short for a window, or a value is too far from
+            the others to train with.
         RecipeError: it is no split.
     """
     train, validation, test = ends_of(series.num_steps, split)
@@ -73,7 +79,7 @@ def parts_of(series: Series, lookback: int, horizon: int, split: Split) -> Parts
                 f"the {part} part of {series.name} has {steps:,} of its {series.num_steps:,} steps, fewer than {what}, "
                 f"{least:,}: take a longer series, another --split, or a smaller --model.lookback or --model.horizon"
             )
-    values = torch.from_numpy(scaler.scale(series.values[:, :test])).float()
+    values = scaled(series, scaler, slice(0, test))
     made = {
         "train": windows(values, lookback, train, lookback, horizon),
         "validation": windows(values, train, validation, lookback, horizon),
@@ -82,17 +88,49 @@ def parts_of(series: Series, lookback: int, horizon: int, split: Split) -> Parts
     facts = _facts(series, scaler, {"train": train, "validation": validation - train, "test": test - validation})
     facts["windows"] = {part: examples.size for part, examples in made.items() if examples is not None}
     season = None if series.frequency is None else series.frequency.season()
-    files = {FILE: series_file(series, scaler)}
+    files = {FILE: series_file(series, train, validation)}
     return Parts(series.num_columns, made["train"], made["validation"], made["test"], season, facts, files)  # type: ignore[arg-type]  # only of the test there may be none
 
 
-def series_file(series: Series, scaler: Scaler) -> str:
-    """The content of the file `FILE`, JSON."""
+def scaled(series: Series, scaler: Scaler, steps: slice) -> Tensor:
+    """Values on the scale of a model, (C, steps), of torch's default dtype.
+
+    Args:
+        series: without missing values.
+        scaler: of its columns.
+        steps: which.
+
+    Raises:
+        DataError: a value is so far from those of the training steps that squares of errors would be infinite.
+    """
+    values = scaler.scale(series.values[:, steps])
+    distances = np.abs(values).max(axis=1, initial=0.0)
+    if (distances > _FURTHEST).any():
+        place = int(distances.argmax())
+        value = series.values[place, steps][np.abs(values[place]).argmax()]
+        raise DataError(
+            f"{series.name} has a value of {value:g} in column {series.columns[place]!r}, {distances[place]:.0e} "
+            f"standard deviations from the mean of its training steps; expected {_FURTHEST:.0e} at most. Correct it; "
+            "if it stands for a missing value, say so (--missing-value, or NaN in its place)"
+        )
+    return torch.from_numpy(values).to(torch.get_default_dtype())
+
+
+def series_file(series: Series, train: int, validation: int) -> str:
+    """The content of the file `FILE`, JSON.
+
+    Args:
+        series: without missing values.
+        train: the step that ends its training part, which decides the scale.
+        validation: the step that ends its validation part; up to there all values decide what is trained.
+    """
+    scaler = fit_scaler(series.values[:, :train])
     content = {
         "columns": series.columns,
         "mean": scaler.mean.tolist(),
         "sd": scaler.sd.tolist(),
         "frequency": None if series.frequency is None else asdict(series.frequency),
+        "sha256": hashlib.sha256(np.ascontiguousarray(series.values[:, :validation]).tobytes()).hexdigest(),
     }
     return json.dumps(content, indent=1, ensure_ascii=False)
 

@@ -12,6 +12,7 @@ from trimtab.tasks.forecasting.csv_file import parse_csv, read_csv
 from trimtab.tasks.forecasting.series import Series, select
 from trimtab.tasks.forecasting.splits import SHARES, Split
 from trimtab.tasks.forecasting.timestamps import Frequency
+from trimtab.words import nearest
 
 _HOURS: Split = (8640, 2880, 2880)
 _QUARTERS: Split = (34_560, 11_520, 11_520)
@@ -73,7 +74,9 @@ def find_series(data: str, columns: Sequence[str] | None = None) -> Series:
         return read_csv(Path(data).expanduser(), columns)
     else:
         known = ", ".join(BENCHMARKS)
-        raise DataError(f"there is no series {data!r}: expected {known}, or the path of a CSV file")
+        raise DataError(
+            f"there is no series {data!r}.{nearest(data, BENCHMARKS)} Expected {known}, or the path of a CSV file"
+        )
     return series if columns is None else select(series, columns)
 
 

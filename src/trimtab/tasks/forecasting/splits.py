@@ -15,6 +15,8 @@ Split = tuple[int, int, int] | tuple[float, float, float]
 SHARES: Split = (0.7, 0.1, 0.2)
 """The published one of all benchmarks but ETT."""
 
+_ROUNDING = 4 * float(np.finfo(np.float64).eps)  # of values, relative to the largest
+
 
 def check_split(split: Split) -> None:
     """Refuse what is no split.
@@ -60,7 +62,7 @@ class Scaler:
     Attributes:
         mean: (C,).
         sd: (C,), 1 for a column that is constant.
-        constant: whether a column is, (C,).
+        constant: whether a column is, but for rounding, (C,).
     """
 
     mean: Numbers
@@ -79,6 +81,7 @@ class Scaler:
 def fit_scaler(values: Numbers) -> Scaler:
     """The scale of columns, (C, T), by all their values: of the training part only."""
     sd = values.std(axis=1)
-    # of a constant one the mean is rounded, and its deviation not quite zero; that of tiny values may be
-    constant = (values == values[:, :1]).all(axis=1) | (sd == 0)
+    # of a constant one the mean is rounded, and its deviation not quite zero; .1 + .2 is not .3 either
+    rounding = _ROUNDING * np.abs(values).max(axis=1)
+    constant = (values == values[:, :1]).all(axis=1) | (sd <= rounding)
     return Scaler(np.where(constant, values[:, 0], values.mean(axis=1)), np.where(constant, 1.0, sd), constant)

@@ -25,8 +25,8 @@ class Frequency:
 
     Attributes:
         count: so many units.
-        unit: "microsecond"; "month", the same day of the month each time; "month end", its last day; or "business day",
-            from Monday to Friday.
+        unit: "microsecond"; "month", the same day of the month each time, or the last of one that is shorter; "month
+            end", its last day; or "business day", from Monday to Friday.
     """
 
     count: int
@@ -63,7 +63,9 @@ class Frequency:
             rest = rest % np.timedelta64(_DAY, "us")
             ends = (month + ahead + 1).astype("datetime64[D]") - 1
             return ends.astype("datetime64[us]") + rest
-        return (month + ahead).astype("datetime64[us]") + rest
+        begin, end = (month + ahead).astype("datetime64[us]"), (month + ahead + 1).astype("datetime64[us]")
+        last_day = end - np.timedelta64(_DAY, "us") + rest % np.timedelta64(_DAY, "us")
+        return np.minimum(begin + rest, last_day)
 
 
 def parse_dates(cells: Sequence[str], where: Callable[[int], str]) -> Times:
