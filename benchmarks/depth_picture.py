@@ -44,6 +44,9 @@ def draw(results: dict[str, Any], name: str) -> None:
             stacked(axes[2][column], run["entropy_by_layer"], run["depth"], style)
         axes[0][column].set_xscale("log")
         axes[0][column].set_xlim(0.8 * min(run["lr"] for run in runs), 1.25 * max(run["lr"] for run in runs))
+        if len(lrs) == 1:  # between two tens, whose ticks would be many
+            axes[0][column].set_xticks(lrs, [f"{lrs[0]:g}"])
+            axes[0][column].minorticks_off()
         axes[0][column].set_xlabel("learning rate", fontsize=7)
         axes[1][column].set_yscale("log")
         for below in axes[1:, column]:
