@@ -107,6 +107,7 @@ def read_forecaster(folder: str | Path) -> tuple[ForecasterSettings, FrameFacts,
             stabilize_(model, settings.stabilizer, changes_made=True)
         if any(map(folds, applied(model))):  # as it was written
             fold_(model)
+        model.to(next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
         model.load_state_dict({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()})
         config = settings.model
         scaler = Scaler(**{name: np.array(values) for name, values in content["scale"].items()})
