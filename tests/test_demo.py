@@ -124,5 +124,5 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert err.splitlines() == [
         "stopping: the runs under way save first; Ctrl-C again ends them at once",
-        "stopped; what was logged until now is kept",
+        "stopped; what was written until now is kept",
     ]

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # tyro has printed its help, or a recipe's own file has had enough
         return _fail(end.code) if isinstance(end.code, str) else end.code or 0
     except KeyboardInterrupt:
-        print("stopped; what was logged until now is kept", file=sys.stderr)
+        print("stopped; what was written until now is kept", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         library = (error.name or "").split(".")[0]

@@ -1,6 +1,7 @@
 """Whoever uses a trained model gets the weights that the run's numbers are of."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,17 @@ def test_other_folders_are_refused_with_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"its run\.json or a file in files/ is damaged"):
         open_trained(tmp_path / "small", Recipe)
     (tmp_path / "small" / "run.json").write_text(run_json)
-    for each in (tmp_path / "small" / "checkpoints").iterdir():
-        each.rename(tmp_path / each.name)
+    for each in (tmp_path / "small" / "checkpoints").glob("step*"):
+        for file in each.iterdir():
+            file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(
+        CheckpointError, match=r"none of the checkpoints of .* is whole: copy them again, or train anew"
+    ):
+        open_trained(tmp_path / "small", Recipe)
+    shutil.rmtree(tmp_path / "small" / "checkpoints")
     with pytest.raises(CheckpointError, match="no whole checkpoint yet"):
+        open_trained(tmp_path / "small", Recipe)
+    result = tmp_path / "small" / "result.json"
+    result.write_text(result.read_text().replace('"finished"', '"diverged"'))
+    with pytest.raises(CheckpointError, match="of a run that diverged before its first checkpoint: train anew"):
         open_trained(tmp_path / "small", Recipe)

@@ -64,6 +64,8 @@ def test_what_the_model_cannot_read_is_told(run: Path, capsys: pytest.CaptureFix
     out, notes = said(run, "--prompt", "Zéro one", "--count", "4", capsys=capsys)
     assert out.startswith("Zéro one")
     assert notes == "note: the model knows no 'Z', 'é', which it reads as <unk>\n"
+    _, notes = said(run, "--prompt", "<pad><s><eos>one", "--count", "1", capsys=capsys)
+    assert notes == ""  # these tokens are read as what they are
     _, notes = said(run, "--prompt", "one two four five six ten one", "--count", "0", capsys=capsys)
     assert notes == "note: the model reads the last 24 of the prompt's 29 tokens\n"
 
@@ -87,6 +89,8 @@ def test_stabilizers_and_averages_are_in_the_weights(tmp_path: Path) -> None:
         (("--top-k", "0"), "--top-k must be at least 1, got 0"),
         (("--count", "-3"), "--count must be at least 0, got -3"),
         (("--tempo", "1"), "unknown field --tempo"),
+        (("--seed", str(2**64)), "--seed must be a whole number of 64 bits, got 18446744073709551616"),
+        (("--prompt", "bad\udcff"), "--prompt is no UTF-8 text"),
     ],
 )
 def test_options_out_of_range_are_refused(

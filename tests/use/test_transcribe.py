@@ -68,8 +68,17 @@ def test_what_cannot_be_used_is_told_and_the_rest_is_transcribed(
     good, fast = write(tmp_path / "good.wav", "A B"), write(tmp_path / "fast.wav", "A B", 16000)
     text = tmp_path / "text.wav"
     text.write_text("no audio")
-    assert main(["transcribe", str(run), fast, good, str(text), str(tmp_path / "gone.wav"), str(tmp_path)]) == 1
+    cut = tmp_path / "cut.wav"
+    cut.write_bytes(Path(good).read_bytes()[:-200])
+    loud = tmp_path / "loud.wav"
+    soundfile.write(loud, 1e30 * spoken("A B"), RATE, subtype="FLOAT")
+    nameless = f"{tmp_path}/\udcff.wav"  # a name that is no UTF-8
+    files = [str(cut), str(loud), nameless, fast, good, str(text), str(tmp_path / "gone.wav"), str(tmp_path)]
+    assert main(["transcribe", str(run), *files]) == 1
     told = capsys.readouterr()
+    assert f"error: {cut} is cut off: its header tells of 200 bytes more than there are" in told.err
+    assert f"error: {loud} has samples of " in told.err
+    assert "cannot be read: there is no such file" in told.err.splitlines()[2]
     assert told.out.startswith(f"{good}: ")
     assert f"error: {fast} has 16,000 samples a second, expected 8,000" in told.err
     assert f"error: {text} cannot be read" in told.err
@@ -94,6 +103,37 @@ def test_a_wide_beam_is_told_to_take_long(run: Path, tmp_path: Path, capsys: pyt
     assert told.err == "note: a beam of 1,000 may take 200 times as long as one of 5\n"
 
 
+def test_files_written_into_a_pipe_are_whole(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their header tells of the most bytes that there can be; and a name may be no UTF-8."""
+    whole = Path(write(tmp_path / "whole.wav", "A B")).read_bytes()
+    place = whole.index(b"data") + 4
+    piped = os.fsencode(tmp_path) + b"/piped\xff.wav"
+    with open(piped, "wb") as file:
+        file.write(whole[:place] + b"\xff" * 4 + whole[place + 4 :])
+    assert main(["transcribe", str(run), str(tmp_path / "whole.wav"), os.fsdecode(piped)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.partition(": ")[2] == second.partition(": ")[2] != ""
+
+
+def test_what_was_said_is_compared_in_the_case_of_the_labels(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trimtab.tasks.speech.sets.samples import Sample
+
+    monkeypatch.setattr(
+        "trimtab.use.transcribe.sample_recordings",
+        lambda name, count: [
+            Sample(f"{name}/0", "ba cb", spoken("BA CB"), RATE),
+            Sample("x", "é a", spoken("A"), RATE),
+        ],
+    )
+    assert main(["transcribe", str(run), "fsdd", "--beam", "1"]) == 0
+    told = capsys.readouterr()
+    assert "(said: ba cb)" in told.out
+    assert float(told.out.split()[-1]) < 0.7  # of three words one is unknown
+    assert told.err == "note: 1 of the characters that were said are none of the model's\n"
+
+
 @pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
 def test_recordings_of_data_sets_are_transcribed_beside_what_is_said(
     run: Path, capsys: pytest.CaptureFixture[str]
@@ -115,6 +155,7 @@ def test_recordings_of_data_sets_are_transcribed_beside_what_is_said(
         (["--beam", "0"], "--beam must be at least 1"),
         (["x.wav", "--beam", "0"], "--beam must be at least 1"),
         (["x.wav", "--count", "0"], "--count must be at least 1"),
+        (["x.wav", ""], "AUDIO must name files or data sets; got an empty word"),
     ],
 )
 def test_wrong_words_are_one_line(
@@ -137,6 +178,9 @@ def test_a_run_without_labels_is_refused(
     monkeypatch.setattr(place, lambda *_: replace(trained, files={}))
     assert main(["transcribe", str(run), "x.wav"]) == 2
     assert "lacks its labels, files/labels.json" in capsys.readouterr().err
+    monkeypatch.setattr(place, lambda *_: replace(trained, files={"labels.json": '" AB"'}))
+    assert main(["transcribe", str(run), "x.wav"]) == 2
+    assert "files/labels.json has 4 labels and the model 5: copy the whole run folder" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["transcribe", str(tmp_path), "x.wav"]) == 2
     assert "no run folder" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from translation_corpus import sentences, small_recipe, write_folder
 
 from trimtab.cli import main
@@ -80,6 +81,26 @@ def test_empty_lines_stay_empty_and_long_ones_are_told(
     assert capsys.readouterr().out == ""
 
 
+def test_of_a_line_without_end_the_beginning_is_read_and_others_come_first(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trimtab.use.translate._LONGEST", 30)
+    monkeypatch.setattr("trimtab.use.translate._LINES", 2)
+    lines = ["the dog", "a cat", "x" * 5000, "big dog"]
+    (tmp_path / "lines.en").write_text("\n".join(lines), encoding="utf-8")
+    assert main(["translate", str(run), str(tmp_path / "lines.en")]) == 0
+    printed = capsys.readouterr()
+    out = printed.out.splitlines()
+    assert [out[number] for number in (0, 1, 3)] == expected(run, [lines[n] for n in (0, 1, 3)], 4, 0.6)
+    assert printed.err.startswith(
+        "note: line 3 has 5,001 tokens, and the longest sentences in training had 20: only its"
+    )
+    monkeypatch.setattr("trimtab.tasks.translation.translation_recipe._MOST_TOKENS", 3)
+    (tmp_path / "one.en").write_text("the dog runs and the cat sleeps", encoding="utf-8")
+    assert main(["translate", str(run), str(tmp_path / "one.en")]) == 0
+    assert len(capsys.readouterr().out.split()) <= 3
+
+
 def test_what_cannot_be_translated_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.en").write_bytes(b"fine\n\xff")
     for words, message in (
@@ -111,4 +132,9 @@ def test_a_run_without_its_vocabulary(run: Path, capsys: pytest.CaptureFixture[s
     aside = tokenizer.rename(run / "tokenizer.json")
     assert main(["translate", str(run)]) == 2
     assert "lacks its vocabulary in files/: copy the whole run folder" in capsys.readouterr().err
+    other = Tokenizer.from_file(str(aside))
+    other.add_tokens(["猫"])
+    tokenizer.write_text(other.to_str(), encoding="utf-8")
+    assert main(["translate", str(run)]) == 2
+    assert "the vocabularies in files/ have 291 and 291 tokens, and the model 290 and 290" in capsys.readouterr().err
     aside.rename(tokenizer)

@@ -89,6 +89,8 @@ def low_rank_(
     """
     expect_module(model)
     try:
+        if isinstance(rank, bool):
+            raise TypeError
         rank = None if rank is None else operator.index(rank)  # NumPy's whole numbers are such, too
     except TypeError:
         raise TypeError(f"rank must be a whole number or None, got {rank!r}") from None

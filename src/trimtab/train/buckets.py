@@ -26,12 +26,14 @@ class Buckets:
 
     def __init__(self, lengths: Tensor, batch_tokens: int, multiple: int, seed: int) -> None:
         if len(lengths) < multiple:
-            raise RecipeError(f"batches are of multiples of {multiple} examples, and there are {len(lengths)} in all")
+            raise RecipeError(
+                f"batches are of multiples of {multiple} examples, and there are {len(lengths)} in all: give more data"
+            )
         longest = multiple * int(lengths.amax(dim=0).sum())
         if longest > batch_tokens:
             raise RecipeError(
                 f"batch_tokens {batch_tokens} is too few: {multiple} of the longest examples come to {longest} tokens. "
-                "Raise it, or leave out examples that are so long"
+                "Raise it (--batch-tokens), or leave out examples that are so long"
             )
         self._lengths, self._batch_tokens, self._multiple, self._seed = lengths, batch_tokens, multiple, seed
         self._first_steps = [1]  # of each pass that was cut so far, and of the one after

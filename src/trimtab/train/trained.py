@@ -16,7 +16,9 @@ from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.recipes import recipe_of
 from trimtab.train.average import Average
 from trimtab.train.checkpoints import best_checkpoint, load_weights, newest_checkpoint
+from trimtab.train.checkpoints.files import CHECKPOINTS, in_order
 from trimtab.train.folder import FILES, RUN
+from trimtab.train.progress import read_result
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -73,6 +75,11 @@ def open_trained(folder: str | Path, kind: type[RecipeT]) -> Trained[RecipeT]:
     best = best_checkpoint(folder) if recipe.patience is not None else None
     checkpoint = best or newest_checkpoint(folder)
     if checkpoint is None:
+        result = read_result(folder)
+        if result is not None and result.status == "diverged":
+            raise CheckpointError(f"{folder} is of a run that diverged before its first checkpoint: train anew")
+        if in_order(folder / CHECKPOINTS):
+            raise CheckpointError(f"none of the checkpoints of {folder} is whole: copy them again, or train anew")
         raise CheckpointError(f"{folder} has no whole checkpoint yet: train on, or wait for its first")
     return Trained(recipe, files, checkpoint)
 

@@ -15,7 +15,7 @@ from trimtab.errors import CheckpointError
 from trimtab.models.generation import generate
 from trimtab.tasks.language.language_recipe import LanguageRecipe
 from trimtab.tasks.language.streams import decoded, encoded, line_end
-from trimtab.tasks.text.tokens import FILE, Kind, read_tokenizer
+from trimtab.tasks.text.tokens import FILE, SPECIAL, Kind, read_tokenizer
 from trimtab.train.trained import load_trained, open_trained
 from trimtab.words import WordsError, parse_words
 
@@ -55,6 +55,12 @@ class GenerateOptions:
             raise WordsError(f"--temperature must be at least 0 and finite, got {self.temperature:g}")
         if self.top_k is not None and self.top_k < 1:
             raise WordsError(f"--top-k must be at least 1, got {self.top_k}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise WordsError(f"--seed must be a whole number of 64 bits, got {self.seed}")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise WordsError("--prompt is no UTF-8 text") from None
 
 
 def generate_command(words: Sequence[str]) -> int:
@@ -106,6 +112,8 @@ def _lines(text: str) -> list[str]:
 
 
 def _tell_what_is_not_read(prompt: str, tokenizer: "Tokenizer", kind: Kind, size: int, context: int) -> None:
+    for special in SPECIAL:  # are read as themselves
+        prompt = prompt.replace(special, "")
     pieces = [] if kind == "bpe" else prompt.split() if kind == "words" else prompt
     unknown = [piece for piece in dict.fromkeys(pieces) if tokenizer.token_to_id(piece) is None]
     if unknown:

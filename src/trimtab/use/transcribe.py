@@ -48,6 +48,8 @@ class TranscribeOptions:
     def __post_init__(self) -> None:
         if not self.audio:
             raise WordsError("trimtab transcribe needs RUN and at least one AUDIO file")
+        if "" in self.audio:
+            raise WordsError("AUDIO must name files or data sets; got an empty word")
         if self.beam is not None and self.beam < 1:
             raise WordsError(f"--beam must be at least 1, got {self.beam}")
         if self.count < 1:
@@ -81,6 +83,11 @@ def transcribe_command(words: Sequence[str]) -> int:
     if labels.FILE not in trained.files:
         raise CheckpointError(f"{options.run} lacks its labels, files/{labels.FILE}: copy the whole run folder")
     known = labels.read_labels(trained.files[labels.FILE])
+    if known.number != recipe.model.num_labels:
+        raise CheckpointError(
+            f"{options.run}: files/{labels.FILE} has {known.number} labels and the model {recipe.model.num_labels}: "
+            "copy the whole run folder"
+        )
     language = ngram.read_ngram(trained.files[ngram.FILE]) if ngram.FILE in trained.files else None
     beam = recipe.beam if options.beam is None else _of_width(recipe.beam, options.beam)
     tell_of_wide_beam(beam.width)
@@ -98,9 +105,12 @@ def transcribe_command(words: Sequence[str]) -> int:
             print(f"{recording.name}: {text}", flush=True)
         else:
             print(f"{recording.name}: {text}   (said: {recording.text})", flush=True)
-            said.append(recording.text)
+            said.append(_in_case_of(known, recording.text))
             heard.append(text)
     if said:
+        unknown = sum(map(known.unknown, said))
+        if unknown:
+            print(f"note: {unknown:,} of the characters that were said are none of the model's", file=sys.stderr)
         print(f"word error rate of these {len(said)}: {word_error_rate(said, heard):.3f}")
     return 1 if wrong else 0
 
@@ -113,7 +123,7 @@ def _recordings(options: TranscribeOptions, recipe: SpeechRecipe) -> Iterator[_R
         return torch.from_numpy(features_of(recipe.data, samples, rate, recipe.model.in_features))[None]
 
     for name in options.audio:
-        if name in SAMPLE_SETS and not Path(name).exists():
+        if name in SAMPLE_SETS and not Path(name).is_file():
             for sample in sample_recordings(name, options.count):
                 if sample.sample_rate != rate:
                     yield AudioError(
@@ -132,6 +142,11 @@ def _recordings(options: TranscribeOptions, recipe: SpeechRecipe) -> Iterator[_R
         if is_silent(samples):
             print(f"note: {name} is silent, every sample is the same: what is written down is made up", file=sys.stderr)
         yield _Recording(name, None, features(samples))
+
+
+def _in_case_of(known: labels.Labels, text: str) -> str:
+    """A transcript in capital or small letters if the model has these alone, which sets differ in."""
+    return min((text, text.upper(), text.lower()), key=known.unknown)
 
 
 def _of_width(beam: Beam, width: int) -> Beam:

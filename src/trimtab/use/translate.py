@@ -22,6 +22,8 @@ from trimtab.use.wide_beam import tell_of_wide_beam
 from trimtab.words import WordsError, parse_words
 
 _TOKENS = 8192  # of the sentences that are translated together, with their padding
+_LINES = 1024  # that are translated before the first of them is written
+_LONGEST = 1024  # tokens of a line that are read
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,22 @@ def translate_command(words: Sequence[str]) -> int:
     translate = translator(options.run, options.beam, options.length_penalty)
     file = options.file
     text = decode_text(sys.stdin.buffer.read(), "standard input") if file is None else read_text(file)
-    for line in translate(lines_of(text)):
-        print(line)
+    lines = lines_of(text)
+    for first in range(0, len(lines), _LINES):
+        for line in translate(lines[first : first + _LINES], first):
+            print(line)
+        sys.stdout.flush()
     return 0
 
 
 def translator(
     run: str | Path, beam: int | None = None, length_penalty: float | None = None
-) -> Callable[[Sequence[str]], list[str]]:
+) -> Callable[..., list[str]]:
     """Make what translates lines by the model of a run: to one line each, an empty one of an empty line.
 
-    Lines longer than any that was trained on are translated as well as it goes, and told on stderr. No character is
-    unknown to a vocabulary of byte pairs.
+    It takes lines, and how many came before them, 0 if that is left out. Lines longer than any that was trained on are
+    translated as well as it goes, of those longer than 1,024 tokens the beginning, which is told on stderr. No
+    character is unknown to a vocabulary of byte pairs.
 
     Args:
         run: its folder.
@@ -85,7 +91,7 @@ def translator(
 
     Raises:
         RunFolderError: the folder is no run of a translation recipe.
-        CheckpointError: it has no whole checkpoint, or lacks its vocabulary.
+        CheckpointError: it has no whole checkpoint, or lacks its vocabulary, or has that of another model.
         RecipeError: `beam` or `length_penalty` is out of range.
     """
     trained = open_trained(run, TranslationRecipe)
@@ -100,16 +106,23 @@ def translator(
     if texts is None:
         raise CheckpointError(f"{run} lacks its vocabulary in files/: copy the whole run folder")
     source, target = map(plain_tokenizer, texts)
+    sizes = source.get_vocab_size(), target.get_vocab_size()
+    if sizes != (recipe.model.source_vocab, recipe.model.target_vocab):
+        raise CheckpointError(
+            f"{run}: the vocabularies in files/ have {sizes[0]:,} and {sizes[1]:,} tokens, and the model "
+            f"{recipe.model.source_vocab:,} and {recipe.model.target_vocab:,}: copy the whole run folder"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained(trained, lambda: EncoderDecoder(recipe.model)).to(device)
 
-    def translate(lines: Sequence[str]) -> list[str]:
+    def translate(lines: Sequence[str], before: int = 0) -> list[str]:
         found = [""] * len(lines)
         sentences = {number: line.strip() for number, line in enumerate(lines) if line.strip()}
         if not sentences:
             return found
         rows = dict(zip(sentences, encode(source, list(sentences.values())), strict=True))
-        _tell_of_long_ones({number: len(row) + 1 for number, row in rows.items()}, recipe.max_length)
+        _tell_of_long_ones({before + number: len(row) + 1 for number, row in rows.items()}, recipe.max_length)
+        rows = {number: row[: _LONGEST - 1] for number, row in rows.items()}
         numbers = sorted(rows, key=lambda number: len(rows[number]))  # those of similar length come together
         lengths = torch.tensor([[len(rows[number])] for number in numbers])
         for together in torch.tensor(numbers).split(cut(lengths, _TOKENS, 1)):
@@ -125,8 +138,9 @@ def translator(
 def _tell_of_long_ones(lengths: Mapping[int, int], most: int) -> None:
     for number, length in lengths.items():
         if length > most:
+            what = "its translation may be poor" if length <= _LONGEST else f"only its first {_LONGEST:,} are read"
             print(
-                f"note: line {number + 1} has {length} tokens, and the longest sentences in training had {most}: its "
-                "translation may be poor",
+                f"note: line {number + 1} has {length:,} tokens, and the longest sentences in training had {most}: "
+                f"{what}",
                 file=sys.stderr,
             )

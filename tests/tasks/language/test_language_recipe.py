@@ -104,13 +104,15 @@ def test_the_loss_is_that_of_the_next_token(tmp_path: Path) -> None:
     torch.testing.assert_close(task.loss(task.model, tokens), by_hand)
 
 
-def test_a_run_tells_its_vocabulary_and_what_is_unknown(tmp_path: Path) -> None:
+def test_a_run_tells_its_vocabulary_and_what_is_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "train.txt").write_text("a b c d e f g h i j\n" * 10)
     (folder / "valid.txt").write_text("a x y d e f g h i j\n" * 10)
     made = recipe(str(folder), tokens="words")
-    result = train(made, tmp_path / "run", hardware=CPU)
+    with caplog.at_level("WARNING", "trimtab"):
+        result = train(made, tmp_path / "run", hardware=CPU)
+    assert caplog.messages[0].startswith("validation: 20 of 110 tokens are not in the vocabulary, and count as <unk>")
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert info["vocab_size"] == 14
     assert info["train"] == {"tokens": 110, "words": 110, "unknown_tokens": 0}

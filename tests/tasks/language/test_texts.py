@@ -73,7 +73,9 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         find_texts(str(written(tmp_path / "empty")))
     with pytest.raises(DataError, match=r"needs one file for validation, .*; it has dev.txt, valid.txt"):
         find_texts(str(written(tmp_path / "twice", train="a", valid="b", dev="c")))
-    for name, content in (("nothing", ""), ("one_line", "a" * 1000), ("short", "a\nb\n")):
+    with pytest.raises(DataError, match=r"nothing\.txt is empty"):
+        find_texts(str(written(tmp_path / "files", nothing="") / "nothing.txt"))
+    for name, content in (("one_line", "a" * 1000), ("short", "a\nb\n")):
         folder = written(tmp_path / "files", **{name: content})
         with pytest.raises(DataError, match=r"in too few lines to be cut at the ends of lines"):
             find_texts(str(folder / f"{name}.txt"))

@@ -120,3 +120,9 @@ def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
     (tmp_path / "few.de").write_text("a\nb", encoding="utf-8")
     with pytest.raises(DataError, match="2 pairs are too few to hold out one in 100"):
         find_corpus(f"{tmp_path}/few.en,{tmp_path}/few.de", "en", "de").read()
+    (tmp_path / "few.en").write_text("a\n" * 300, encoding="utf-8")
+    (tmp_path / "few.de").write_text("a\n" * 300, encoding="utf-8")
+    with pytest.raises(DataError, match="300 pairs of 1 different sentences are too few to hold out one in 100"):
+        find_corpus(f"{tmp_path}/few.en,{tmp_path}/few.de", "en", "de").read()
+    with pytest.raises(DataError, match=r"few\.en is one file, and a translation needs two of as many lines"):
+        find_corpus(f"{tmp_path}/few.en", "en", "de")

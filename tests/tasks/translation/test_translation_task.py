@@ -88,13 +88,22 @@ def test_a_vocabulary_that_the_text_does_not_make(folder: Path) -> None:
     assert replace(recipe, model=fitting).task().model.head.weight.shape[0] == made  # type: ignore[union-attr]
 
 
-def test_what_is_left_out_of_training_is_counted_and_nothing_of_the_rest(folder: Path) -> None:
+def test_what_is_left_out_of_training_is_counted_and_nothing_of_the_rest(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lines = {"en": ["", "  ", "a dog", "the cat " * 40, "big dog"], "de": ["ein", "der", "", "die Katze", " "]}
     for part in ("train", "valid", "test"):
         for language, added in lines.items():
             with (folder / f"{part}.{language}").open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in added)
-    task = small_recipe(folder, max_length=60).task()
+    with caplog.at_level("WARNING", "trimtab"):
+        task = small_recipe(folder, max_length=60).task()
+    assert [message.partition(": ")[2] for message in caplog.messages] == [
+        "4 training pairs with an empty line are left out",
+        "1 training pairs of more than 60 tokens are left out",
+        "4 pairs of validation have an empty line, and count",
+        "4 pairs of the test have an empty line, and count",
+    ]
     assert task.facts["training_pairs"] == task.train.size == 80
     assert task.facts["training_pairs_with_an_empty_line"] == 4
     assert task.facts["training_pairs_too_long"] == 1
@@ -111,6 +120,12 @@ def test_what_is_left_out_of_training_is_counted_and_nothing_of_the_rest(folder:
         DataError, match=r"no pair of .* is left to train on: 4 have an empty line, 81 a sentence of more"
     ):
         small_recipe(folder, max_length=2).task()
+
+
+def test_a_part_without_a_whole_pair_is_refused(folder: Path) -> None:
+    (folder / "valid.en").write_text("\n" * 12, encoding="utf-8")
+    with pytest.raises(DataError, match=r"every pair of the valid part of .* has an empty line: nothing to measure"):
+        small_recipe(folder).task()
 
 
 def test_loss_is_smoothed_and_evaluation_is_not(folder: Path) -> None:

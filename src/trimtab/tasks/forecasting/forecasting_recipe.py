@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from trimtab.errors import RecipeError
 from trimtab.models.forecasting import ForecastModelConfig, make_forecast_model
 from trimtab.tasks.forecasting.naive import errors
-from trimtab.tasks.forecasting.parts import Parts, parts_of, warn
+from trimtab.tasks.forecasting.parts import Parts, parts_of
 from trimtab.tasks.forecasting.series import Missing, Series, complete, missing_of, told
 from trimtab.tasks.forecasting.sets import BENCHMARKS, find_series
 from trimtab.tasks.forecasting.splits import SHARES, Split, check_split
 from trimtab.tasks.forecasting.toy import is_toy, toy_parts
+from trimtab.tasks.notices import warn
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Task
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,14 +14,13 @@ from trimtab.errors import DataError
 from trimtab.tasks.forecasting.series import Series
 from trimtab.tasks.forecasting.splits import Scaler, Split, ends_of, fit_scaler
 from trimtab.tasks.forecasting.windows import windows
+from trimtab.tasks.notices import warn
 from trimtab.tasks.task import Examples
 
 FILE = "series.json"
 """What a trained model needs to be used: columns in order, their scale, and how far times are apart."""
 
 _FURTHEST = 1e12  # standard deviations from the mean: squares of errors, and their sums, stay float32 numbers
-
-_log = logging.getLogger("trimtab")
 
 
 @dataclass(frozen=True)
@@ -153,9 +150,3 @@ def _facts(series: Series, scaler: Scaler, steps: dict[str, int]) -> dict[str, A
         "uneven_steps": series.uneven,
         **{name: columns for name, (columns, _) in found.items()},
     }
-
-
-def warn(message: str) -> None:
-    """Tell of what was found in a series; of several processes the first one does."""
-    if os.environ.get("RANK", "0") == "0":
-        _log.warning("%s", message)

@@ -12,9 +12,12 @@ from trimtab.models.gpt import GPT, GPTConfig
 from trimtab.tasks.language.streams import Stream, Streams, num_words, streams_of
 from trimtab.tasks.language.texts import find_texts
 from trimtab.tasks.language.windows import evaluation_windows, training_windows
+from trimtab.tasks.notices import warn
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 from trimtab.tasks.text.tokens import FILE, LEAST_BYTE_PAIRS, Kind
+
+_MANY_UNKNOWN = 0.1  # of the tokens of a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,4 +138,9 @@ def _facts(streams: Streams) -> dict[str, Any]:
     for name, part in parts.items():
         if part is not None:
             facts[name] = {"tokens": part.size, "words": part.words, "unknown_tokens": part.unknown}
+            if part.unknown > _MANY_UNKNOWN * part.size:
+                warn(
+                    f"{name}: {part.unknown:,} of {part.size:,} tokens are not in the vocabulary, and count as <unk>: "
+                    "the perplexity is one of guessing <unk>"
+                )
     return facts

@@ -176,6 +176,8 @@ def _parted(text: Text, name: str, checksum: str) -> Texts:
             file.readline()
             cuts.append(file.tell())
     first, second = cuts
+    if not size:
+        raise DataError(f"{text.name} is empty")
     if not first < second < size:
         raise DataError(
             f"{text.name} has {size:,} bytes in too few lines to be cut at the ends of lines, after 90 and 95 % of "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import DataError, RecipeError
 from trimtab.models.speech_encoder import SpeechEncoder, SpeechEncoderConfig
+from trimtab.tasks.notices import warn
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.speech import labels as labels_of_run
 from trimtab.tasks.speech import ngram as ngram_of_run
@@ -21,7 +22,7 @@ from trimtab.tasks.speech.metrics import word_error_rate
 from trimtab.tasks.speech.ngram import count_ngrams
 from trimtab.tasks.speech.scores import scores, summarize
 from trimtab.tasks.speech.sets import SpeechData, load_speech
-from trimtab.tasks.speech.sets.speech_data import first_few, warn
+from trimtab.tasks.speech.sets.speech_data import first_few
 from trimtab.tasks.speech.spec_augment import SpecAugment
 from trimtab.tasks.task import Examples, Task
 

@@ -121,6 +121,8 @@ def _two_files(data: str, test: str | None) -> Corpus:
 
 def _folder(data: str, source: str, target: str, test: str) -> Corpus:
     folder = Path(data).expanduser()
+    if folder.is_file():
+        raise DataError(f"{data} is one file, and a translation needs two of as many lines: {data},ITS-TRANSLATION")
     if not folder.is_dir() and os.sep not in data:
         folder = data_folder() / data
     if not folder.is_dir():
@@ -188,8 +190,10 @@ def divided(pairs: Pairs, sentences: list[str]) -> dict[str, Pairs]:
         rows[{0: "test", 1: "valid"}.get(zlib.crc32(sentence.encode()) % _SHARES, "train")].append(row)
     empty = [part for part, chosen in rows.items() if not chosen]
     if empty:
+        different = len(set(sentences))
+        of = "" if different == len(sentences) else f" of {different:,} different sentences"
         raise DataError(
-            f"{len(sentences):,} pairs are too few to hold out one in {_SHARES} each for validation and test: "
+            f"{len(sentences):,} pairs{of} are too few to hold out one in {_SHARES} each for validation and test: "
             f"{empty[0]} is empty. Put train, valid and test into files of their own, in a folder"
         )
     return {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import DataError, RecipeError
 from trimtab.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from trimtab.tasks.notices import warn
 from trimtab.tasks.recipe import Recipe
 from trimtab.tasks.task import Examples, Task
 from trimtab.tasks.text import tokens as vocabulary
@@ -30,6 +31,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Decode = Literal["always", "test", "never"]
 
 _SOURCE_FILE, _TARGET_FILE = f"source-{vocabulary.FILE}", f"target-{vocabulary.FILE}"
+_MOST_TOKENS = 1024  # of a translation
 _ROWS_TIMES_VOCABULARY = 2**25  # numbers in the logits of hypotheses that are decoded together
 
 
@@ -150,7 +152,21 @@ class TranslationRecipe(Recipe):
             lengths = torch.stack([encoded.source[part].lengths, encoded.target[part].lengths], dim=1)
             facts[f"{part}_pairs_with_an_empty_line"] = int((lengths == 0).any(dim=1).sum())
             facts[f"{part}_pairs_longer_than_in_training"] = int((lengths + 1 > self.max_length).any(dim=1).sum())
+            if bool((lengths == 0).any(dim=1).all()):
+                raise DataError(f"every pair of the {part} part of {self.data} has an empty line: nothing to measure")
+        self._tell(facts)
         return chosen, facts
+
+    def _tell(self, facts: dict[str, Any]) -> None:
+        """Warn of pairs that are left out, or odd."""
+        for name, what in (
+            ("training_pairs_with_an_empty_line", "training pairs with an empty line are left out"),
+            ("training_pairs_too_long", f"training pairs of more than {self.max_length} tokens are left out"),
+            ("valid_pairs_with_an_empty_line", "pairs of validation have an empty line, and count"),
+            ("test_pairs_with_an_empty_line", "pairs of the test have an empty line, and count"),
+        ):
+            if facts[name]:
+                warn(f"{self.data}: {facts[name]:,} {what}")
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         source, target, _ = batch
@@ -191,9 +207,13 @@ def likelihood(model: nn.Module, source: Tensor, target: Tensor) -> dict[str, Te
 
 
 def translated(model: nn.Module, source: Tensor, vocab: int, beam: int, length_penalty: float) -> list[list[int]]:
-    """Tokens of the translation of each sentence of (B, S), each at most half as long again as its source, and 10."""
+    """Tokens of the translation of each sentence of (B, S).
+
+    Each has at most half as many again as its source, and 10, and 1,024: one line that is no sentence would else be
+    waited for.
+    """
     limits = (source != PAD).sum(-1)
-    limits = limits + limits // 2 + 10
+    limits = (limits + limits // 2 + 10).clamp_max(_MOST_TOKENS)
     together = max(1, _ROWS_TIMES_VOCABULARY // (beam * vocab))
     return [
         translation.tokens

@@ -19,12 +19,13 @@ import torch
 
 from trimtab.errors import DataError
 from trimtab.tasks.data.prepare import Arrays, prepared
+from trimtab.tasks.notices import warn
 from trimtab.tasks.speech.audio_files import SUFFIXES, AudioError, audio_features, is_silent, read_audio
 from trimtab.tasks.speech.features import Features, num_frames
-from trimtab.tasks.speech.sets.speech_data import SpeechData, first_few, one_spaced, warn
+from trimtab.tasks.speech.sets.speech_data import SpeechData, first_few, one_spaced
 from trimtab.tasks.text.lines import lines_of, read_text
 
-_FORMAT = "recordings 2"  # changes with what is found out about a recording
+_FORMAT = "recordings 3"  # changes with what is found out about a recording
 _PATIENCE = 24 * 3600.0  # seconds; a large folder takes its time, and other processes wait for the first
 SILENT, EMPTY = "silent recordings", "empty transcripts"
 OTHER = "files of other kinds"
@@ -123,7 +124,7 @@ def _listed(folder: Path, splits: Sequence[str]) -> tuple[list[_Recording], list
         told = set[Path]()
         for path in transcripts:
             for line in filter(str.strip, lines_of(read_text(path))):
-                own, _, text = line.strip().partition(" ")
+                own, text = [*line.split(maxsplit=1), ""][:2]
                 stem = path.parent / own
                 if stem in told:
                     raise DataError(f"{path} tells the transcript of {own} a second time")

@@ -1,7 +1,5 @@
 """What a speech set is: `SpeechData`, utterances with their transcripts, parted."""
 
-import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +11,6 @@ from torch import Tensor
 from trimtab.tasks.speech.features import Features
 
 Read = Callable[[Sequence[int]], list[Features]]
-
-_log = logging.getLogger("trimtab")
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,6 @@ def lengths_of(offsets: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
 def one_spaced(text: str) -> str:
     """A transcript with single spaces between its words, and none around."""
     return " ".join(text.split())
-
-
-def warn(message: str) -> None:
-    """Tell of what was found in a set; of several processes the first one does."""
-    if os.environ.get("RANK", "0") == "0":
-        _log.warning("%s", message)
 
 
 def first_few(names: Sequence[str]) -> str:
