@@ -1,0 +1,97 @@
+"""Does SAMformer's attention choose anything? Test errors of trained models, and with attention made uniform.
+
+    python benchmarks/forecasting.py ETTh1 --horizons 96 --needed    # first: these are the models
+    python benchmarks/forecast_uniform.py ETTh1                      # a second for each run; nothing is trained
+
+Takes every run of forecasting.py that was tested and whose model attends over channels, sets the query layer of its
+best weights to zero, so that every channel looks at all channels alike, and measures the test part again. The model was
+not trained so: an error that stays the same means that its attention chose nothing, or nothing that helps; one that
+rises, that what was learned beside it leans on it.
+
+Prints for each horizon and arm the mean test MSE over seeds, that with uniform attention, and their difference paired
+by seed with the 95 % interval of Student's t. Writes results/forecast_uniform_<data>.json.
+"""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import forecasting
+import grids
+import measure
+import torch
+from forecasting_arms import ALL, SEEDS
+from torch import nn
+
+from trimtab.attention.channel import ChannelAttention
+from trimtab.tasks.forecasting import ForecastingRecipe
+from trimtab.tasks.forecasting.naive import measure as errors_of
+from trimtab.tasks.forecasting.parts import Parts
+from trimtab.train.trained import load_trained, open_trained
+
+
+def uniform_(model: nn.Module) -> nn.Module:
+    """Make every channel look at all alike, in place: queries of zero have equal logits."""
+    for module in model.modules():
+        if isinstance(module, ChannelAttention):
+            for parameter in module.query.parameters():
+                nn.init.zeros_(parameter)
+    return model
+
+
+def attends(name: str) -> bool:
+    return ALL[name].model.get("kind", "samformer") == "samformer"
+
+
+def both(folder: Path, parts: Parts) -> tuple[float, float]:
+    """Test MSE of a run's best weights, and with uniform attention."""
+    trained = open_trained(folder, ForecastingRecipe)
+    model = load_trained(trained, lambda: trained.recipe.make_model(parts.channels))
+    assert parts.test is not None
+    with torch.no_grad():
+        return errors_of(model, parts.test)["mse"], errors_of(uniform_(model), parts.test)["mse"]
+
+
+def cell(options: Namespace, folder: Path, horizon: int, arms: Mapping[str, Any]) -> dict[str, Any]:
+    """By arm its runs: seed, test MSE as trained and with uniform attention."""
+    found: dict[str, Any] = {}
+    parts: Parts | None = None
+    for name, arm in arms.items():
+        tested = [run["seed"] for run in arm["runs"] if attends(name) and run.get("test_mse") is not None]
+        for seed in tested:
+            place = forecasting.planned(options, folder, horizon, name, arm["setting"], seed)
+            parts = parts or place.recipe.parts()  # the same of all
+            as_trained, uniform = both(place.folder, parts)
+            found.setdefault(name, []).append({"seed": seed, "test_mse": as_trained, "uniform_test_mse": uniform})
+    return found
+
+
+def line(name: str, runs: list[dict[str, float]]) -> str:
+    mean, uniform = (sum(run[key] for run in runs) / len(runs) for key in ("test_mse", "uniform_test_mse"))
+    more, low, high = measure.t_interval([run["uniform_test_mse"] - run["test_mse"] for run in runs])
+    return f"{name:14}{mean:>10.4f}{uniform:>10.4f}   {more:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=SEEDS)
+    parser.add_argument("--folder", type=Path, help="of the runs; runs/forecasting_<data> by default")
+    parser.add_argument("--quick", action="store_true", help="of the runs of forecasting.py --quick")
+    options = parser.parse_args()
+    options.gpu = False
+    name, folder = grids.place(f"forecasting_{options.data}", options)
+    cells = measure.read(name).get("cells", {})
+    if not cells:
+        raise SystemExit(f"no runs yet: `python benchmarks/forecasting.py {options.data} --needed`")
+    found = {horizon: cell(options, folder, int(horizon), arms) for horizon, arms in cells.items()}
+    for horizon, arms in found.items():
+        print(f"\n{options.data}, horizon {horizon}\n{'':14}{'test MSE':>10}{'uniform':>10}   uniform less trained")
+        for arm, runs in arms.items():
+            print(line(arm, runs))
+    print("written to", measure.write(f"forecast_uniform_{options.data}" + "_quick" * options.quick, {"cells": found}))
+
+
+if __name__ == "__main__":
+    main()
