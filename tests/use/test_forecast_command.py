@@ -256,6 +256,12 @@ def test_another_file_under_the_same_name_is_refused(
         assert main(words) == 2
         assert "holds a model of other values than" in capsys.readouterr().err
     data.write_text(before)
+    kept = done[0] / "samformer" / "files" / "series.json"
+    text = kept.read_text()
+    kept.write_text(text.replace('"sha256"', '"sha1"'))
+    assert main(words) == 2
+    assert "samformer was made by an earlier version of Trimtab: choose another folder" in capsys.readouterr().err
+    kept.write_text(text)
     for more, message in (
         (["--epochs", "3"], "holds a model trained with another epochs, 2 there and 3 here"),
         (["--lookback", "24"], "holds a model trained with another look-back, 48 there and 24 here: choose another f"),
@@ -265,12 +271,15 @@ def test_another_file_under_the_same_name_is_refused(
         assert message in capsys.readouterr().err
 
 
-def test_another_model_forecasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_model_forecasts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     data = write_tides(tmp_path / "tides.csv", dates=False)
     words = ["forecast", data, "--horizon", "6", "--lookback", "24", "--epochs", "1", *CPU]
     for kind, name, rest in (("dlinear", "DLinear", []), ("itransformer", "iTransformer", ["dlinear"])):
-        folder = tmp_path / kind
-        assert main([*words, "--model", kind, "--folder", str(folder)]) == 0
+        folder = tmp_path / "runs" / f"forecast-tides-6-{kind}"
+        assert main([*words, "--model", kind]) == 0
         assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted([kind, *rest])
         assert [row[0] for row in rows_of(folder / "scores.csv")[1]][-1] == name
         printed = capsys.readouterr().out

@@ -294,6 +294,22 @@ def test_days_without_a_change_of_clocks_are_those_of_which_they_are_midnights(f
         assert made.index[0] == pd.Timestamp("2024-04-01", tz=zone)
 
 
+@pytest.mark.parametrize("day", [28, 29, 30, 31])
+def test_the_same_day_of_each_month_is_even_whatever_its_length(day: int, fitted: Forecaster) -> None:
+    months = pd.period_range("2012-01", periods=154, freq="M")
+    times = pd.DatetimeIndex([pd.Timestamp(m.year, m.month, min(day, m.days_in_month), 6) for m in months])
+    for last in (148, 149, 150):  # from a February on, and others
+        frame = tides(last).set_index(times[:last].rename("when"))
+        assert refitted(fitted, frame).predict(frame).index.tolist() == times[last : last + H].tolist()
+
+
+def test_a_missing_time_is_told_whatever_the_unit(fitted: Forecaster) -> None:
+    frame = tides().reset_index().astype({"when": "datetime64[ns]"})
+    frame.loc[7, "when"] = pd.NaT
+    with pytest.raises(DataError, match="has 1 rows without a time: leave them out"):
+        fitted.predict(frame)
+
+
 def test_times_finer_than_a_microsecond_are_told(fitted: Forecaster) -> None:
     frame = tides().set_axis(pd.date_range("2024", periods=150, freq="1500ns", name="when"), axis=0)
     with pytest.raises(DataError, match=r"row 1: .* is not a whole number of microseconds"):
@@ -301,13 +317,20 @@ def test_times_finer_than_a_microsecond_are_told(fitted: Forecaster) -> None:
 
 
 @pytest.mark.parametrize("size", [1e20, -9.96921e36, 1e100])
-def test_values_too_far_from_all_others_are_told(size: float, fitted: Forecaster) -> None:
+def test_values_too_far_from_all_others_are_told(
+    size: float, fitted: Forecaster, caplog: pytest.LogCaptureFixture
+) -> None:
     """As the marks for missing values of some formats: their squares are infinite."""
     frame = tides()
     for place in (0, 145):  # of training, where the scale is theirs, and of validation
         wrong = frame.copy()
         wrong.iloc[place, 0] = size
-        if place:
+        caplog.clear()
+        if place == 0:
+            Forecaster(L, H, **SMALL).fit(wrong)
+            assert "columns that have values 1e+09 times as large as is usual in them, beside which" in caplog.text
+            assert caplog.text.rstrip().endswith(": level")
+        else:
             with pytest.raises(
                 DataError, match=r"has a value of -?[0-9.e+]+ in column 'level', .* standard deviations"
             ):
@@ -334,6 +357,10 @@ def test_a_short_look_back_may_have_a_holiday(fitted: Forecaster, caplog: pytest
         forecaster.predict(frame.drop(frame.index[147])[-5:])
     assert made.index.equals(times[150:152])
     assert caplog.messages[-1] == "the frame: steps longer or shorter than 1 business day, which count like it: 1"
+    hours = tides(200)
+    slower = tides(12).set_axis(pd.date_range(hours.index[-1], periods=13, freq="D", name="when")[1:], axis=0)
+    with pytest.raises(DataError, match="are not evenly apart: 4 of 4 steps"):
+        Forecaster(5, 2, **SMALL).fit(hours).predict(pd.concat([hours, slower]))
     days = tides(154).set_index(pd.date_range("2024-01-01", periods=154, name="when"))
     with pytest.raises(DataError, match="are not evenly apart: 1 of 4 steps"):
         forecaster.predict(days[:-1])  # to a Saturday

@@ -70,8 +70,9 @@ def test_what_the_model_cannot_read_is_told(run: Path, capsys: pytest.CaptureFix
     assert notes == "note: the model reads the last 24 of the prompt's 29 tokens\n"
 
 
-def test_words_have_spaces_between_them(tmp_path: Path) -> None:
+def test_words_have_spaces_between_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path, "words")
+    assert said(run, "--prompt", "one<eos>two", "--count", "0", capsys=capsys)[1] == ""
     for prompt, expected in (("one two", " four five"), ("six ten", "\none"), ("", "one two"), ("ten\n", "one two")):
         found = generate_text(GenerateOptions(run, prompt, count=2, temperature=0))
         assert found == prompt + expected

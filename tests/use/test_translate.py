@@ -95,7 +95,7 @@ def test_of_a_line_without_end_the_beginning_is_read_and_others_come_first(
     assert printed.err.startswith(
         "note: line 3 has 5,001 tokens, and the longest sentences in training had 20: only its"
     )
-    monkeypatch.setattr("trimtab.tasks.translation.translation_recipe._MOST_TOKENS", 3)
+    monkeypatch.setattr(TranslationRecipe, "most_tokens", 3)
     (tmp_path / "one.en").write_text("the dog runs and the cat sleeps", encoding="utf-8")
     assert main(["translate", str(run), str(tmp_path / "one.en")]) == 0
     assert len(capsys.readouterr().out.split()) <= 3

@@ -117,6 +117,8 @@ def check_same_series(folder: Path, series: Series, train: int, validation: int)
         RunFolderError: the run has begun with other ones.
     """
     path = folder / FILES / FILE
+    if path.is_file() and '"sha256"' not in path.read_text("utf-8"):
+        raise RunFolderError(f"{folder} was made by an earlier version of Trimtab: choose another folder (--folder)")
     if path.is_file() and path.read_text("utf-8") != series_file(series, train, validation):
         raise RunFolderError(
             f"{folder} holds a model of other values than {series.name} has now: choose another folder (--folder), or "

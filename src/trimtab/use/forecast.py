@@ -100,7 +100,8 @@ class ForecastOptions:
     """Decides the weights at the start and the order of windows."""
 
     folder: Path | None = None
-    """Where all goes, a new one or one to go on in; None: runs/forecast-NAME-HORIZON."""
+    """Where all goes, a new one or one to go on in; None: runs/forecast-NAME-HORIZON, and -MODEL unless that is
+    SAMformer."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
@@ -145,7 +146,8 @@ def forecast_command(words: Sequence[str]) -> int:
         kind: _settings(options, kind, lookback).recipe(options.data, data.train, options.split) for kind in kinds
     }
     name = Path(options.data).name.removesuffix(".gz").removesuffix(".csv")
-    folder = options.folder or Path("runs") / f"forecast-{name}-{options.horizon}"
+    other = "" if options.model == ForecastOptions.model else f"-{options.model}"
+    folder = options.folder or Path("runs") / f"forecast-{name}-{options.horizon}{other}"
     terminal = console()
     apart = " without dates" if series.frequency is None else f", {in_words(series.frequency)} apart"
     columns = count(series.num_columns, "column")
@@ -157,7 +159,8 @@ def forecast_command(words: Sequence[str]) -> int:
             check_same_series(folder / kind, series, data.train, data.validation)
             recipe = replace(recipe, columns=options.columns, missing_value=options.missing_value)
             check_same_training(folder / kind, recipe)
-            if read_result(folder / kind) is not None:
+            there = read_result(folder / kind)
+            if there is not None and there.status == "finished":
                 _tell(terminal, f"{_NAMES[kind]} is trained already, in {folder / kind}")
             elif not terminal.is_interactive:  # there, the folder is told all the time
                 _tell(terminal, f"training {_NAMES[kind]}, in {folder / kind}")

@@ -236,7 +236,7 @@ def _times(frame: Frame, local: bool) -> Times:
         time = (time.dt.convert_time_zone(frame.zone) if local else time).dt.replace_time_zone(None)
     times: Times = time.cast(nw.Datetime("us")).to_numpy().astype("datetime64[us]")
     if isinstance(time.dtype, nw.Datetime) and time.dtype.time_unit == "ns":
-        finer = np.flatnonzero(time.to_numpy().astype("datetime64[ns]") != times)
+        finer = np.flatnonzero((time.to_numpy().astype("datetime64[ns]") != times) & ~np.isnat(times))
         if len(finer):
             raise DataError(
                 f"{frame.name}, row {finer[0]}: {time.to_list()[int(finer[0])]} is not a whole number of microseconds, "

@@ -113,7 +113,7 @@ def _lines(text: str) -> list[str]:
 
 def _tell_what_is_not_read(prompt: str, tokenizer: "Tokenizer", kind: Kind, size: int, context: int) -> None:
     for special in SPECIAL:  # are read as themselves
-        prompt = prompt.replace(special, "")
+        prompt = prompt.replace(special, " " if kind == "words" else "")
     pieces = [] if kind == "bpe" else prompt.split() if kind == "words" else prompt
     unknown = [piece for piece in dict.fromkeys(pieces) if tokenizer.token_to_id(piece) is None]
     if unknown:

@@ -12,7 +12,7 @@ from trimtab.tasks.forecasting.series import Missing, Series, complete, missing_
 from trimtab.tasks.forecasting.timestamps import Frequency, Times, frequency_of
 
 _UNEVEN = 0.1  # of the steps: with more, there is no frequency to go on with
-_MANY = 10  # steps, most of which no holidays explain
+_FEW, _MANY = 2, 10  # uneven steps that holidays explain; steps that tell of a frequency
 
 _log = logging.getLogger("trimtab")
 
@@ -79,14 +79,15 @@ def check_goes_on(series: Series, frequency: Frequency, before: Times) -> None:
         before: all times that are known, the series' among them: a short look-back may have a holiday or a gap.
 
     Raises:
-        DataError: more than a tenth of the series' steps are longer or shorter, and of all steps too; or most of the
-            series', if it has ten or more.
+        DataError: more than a tenth of the series' steps are longer or shorter, and either so are more than a tenth
+            of all that are known, or a quarter of the series', and more than two.
     """
     assert series.times is not None
     uneven, steps = _uneven(series.times, frequency), series.num_steps - 1
     if uneven > _UNEVEN * steps:
-        everywhere = _uneven(before, frequency) > max(1, _UNEVEN * (len(before) - 1))
-        if everywhere or (steps >= _MANY and uneven > steps / 2):
+        known = len(before) - 1
+        here = uneven > max(_FEW, steps / 4) or (uneven == steps and known < _MANY)
+        if here or _uneven(before, frequency) > max(1, _UNEVEN * known):
             _check_share(series.name, uneven, steps, frequency)
     if uneven:
         _log.warning(

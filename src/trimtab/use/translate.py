@@ -23,7 +23,7 @@ from trimtab.words import WordsError, parse_words
 
 _TOKENS = 8192  # of the sentences that are translated together, with their padding
 _LINES = 1024  # that are translated before the first of them is written
-_LONGEST = 1024  # tokens of a line that are read
+_LONGEST = 1024  # tokens of a line that are read, or as many as the longest in training had
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,16 @@ def translator(
         if not sentences:
             return found
         rows = dict(zip(sentences, encode(source, list(sentences.values())), strict=True))
-        _tell_of_long_ones({before + number: len(row) + 1 for number, row in rows.items()}, recipe.max_length)
-        rows = {number: row[: _LONGEST - 1] for number, row in rows.items()}
+        longest = max(_LONGEST, recipe.max_length)
+        _tell_of_long_ones({before + number: len(row) + 1 for number, row in rows.items()}, recipe.max_length, longest)
+        rows = {number: row[: longest - 1] for number, row in rows.items()}
         numbers = sorted(rows, key=lambda number: len(rows[number]))  # those of similar length come together
         lengths = torch.tensor([[len(rows[number])] for number in numbers])
         for together in torch.tensor(numbers).split(cut(lengths, _TOKENS, 1)):
             batch = padded([rows[number] for number in together.tolist()]).to(device)
-            tokens = translated(model, batch, recipe.model.target_vocab, recipe.beam, recipe.length_penalty)
+            tokens = translated(
+                model, batch, recipe.model.target_vocab, recipe.beam, recipe.length_penalty, recipe.most_tokens
+            )
             for number, text in zip(together.tolist(), decode(target, tokens), strict=True):
                 found[number] = " ".join(text.split())  # one line, whatever the model has written
         return found
@@ -135,10 +138,10 @@ def translator(
     return translate
 
 
-def _tell_of_long_ones(lengths: Mapping[int, int], most: int) -> None:
+def _tell_of_long_ones(lengths: Mapping[int, int], most: int, longest: int) -> None:
     for number, length in lengths.items():
         if length > most:
-            what = "its translation may be poor" if length <= _LONGEST else f"only its first {_LONGEST:,} are read"
+            what = "its translation may be poor" if length <= longest else f"only its first {longest:,} are read"
             print(
                 f"note: line {number + 1} has {length:,} tokens, and the longest sentences in training had {most}: "
                 f"{what}",

@@ -156,6 +156,7 @@ def test_gaps_are_counted(path: Path) -> None:
         ("date,a\n2024-01-02,1\n\n2024-01-32,2\n", "line 4: '2024-01-32' is no date like those before it"),
         ("date,a\n2024-01-02,1\n,2\n", "line 3: '' is no date"),
         ("a,b\n1,2\n3,1_000\n5,6\n", "line 3: '1_000' in column 'b' is no number"),
+        ("1,5;2\n1,7;3\n2;4\n", r"line 1: '1,5' in column 'column 1' is no number; .* A decimal comma, or one between"),
         ("a,b\nm,kW\n5,6\n7,8\n", r"line 1: 'a' in column 'column 1' is no number; .* names, and one of units\? Leav"),
         ("timestamp,a\n1700000000,1\n1700003600,2\n", "'timestamp' should tell the times and begins with '1700000000'"),
         ("date,a,a\n2024-01-01,1,2\n2024-01-02,1,2\n", "more than one column named 'a'"),

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -112,14 +113,15 @@ def test_the_run_tells_what_was_found_and_how_to_use_the_model(data: str, tmp_pa
     assert info["steps"] == {"train": 700, "validation": 200, "test": 300}
     assert info["windows"] == {"train": 641, "validation": 189, "test": 289}
     assert info["missing"] == {}
-    assert (info["constant"], info["left_out"], info["uneven_steps"]) == ([], [], 0)
+    assert (info["constant"], info["strange"], info["left_out"], info["uneven_steps"]) == ([], [], [], 0)
     assert recipe_of(info) == made
     content = json.loads((tmp_path / "run" / "files" / "series.json").read_text())
     values = made.series().values[:, :700]
     assert content["columns"] == ["level", "flow"]
     assert content["mean"] == pytest.approx(values.mean(axis=1))
     assert content["sd"] == pytest.approx(values.std(axis=1))
-    assert content["frequency"] == {"count": 3_600_000_000, "unit": "microsecond"}
+    assert content["frequency"] == {"count": 3_600_000_000, "unit": "microsecond", "day": None}
+    assert content["sha256"] == hashlib.sha256(made.series().values[:, :900].tobytes()).hexdigest()
     trained = open_trained(tmp_path / "run", ForecastingRecipe)
     model = load_trained(trained, lambda: trained.recipe.make_model(len(content["columns"])))
     assert model(torch.zeros(3, 2, 48)).shape == (3, 2, 12)

@@ -89,6 +89,10 @@ def test_times_that_do_not_rise_are_refused_with_their_place_and_number() -> Non
         (times("2020-01-31", "2020-02-29", "2020-03-31"), Frequency(1, "month end"), 0),
         (times("2020-03-31", "2020-06-30", "2020-09-30", "2021-06-30"), Frequency(3, "month end"), 1),
         (times("2018-07-01", "2019-07-01", "2020-07-01"), Frequency(12, "month"), 0),
+        (times("2024-01-30", "2024-02-29", "2024-03-30"), Frequency(1, "month", 30), 0),
+        (times("2023-01-29", "2023-02-28", "2023-03-29"), Frequency(1, "month", 29), 0),
+        (times("2023-03-30", "2023-04-30", "2023-05-30", "2023-07-30"), Frequency(1, "month", 30), 1),
+        (times("2023-01-30", "2023-02-27", "2023-03-30"), Frequency(28 * DAY), 1),  # the 27th is not its last day
         (times(*[f"2020-01-{day:02}T09" for day in WEEKDAYS]), Frequency(1, "business day"), 0),
         (times(*[f"2020-01-{day:02}T09" for day in WEEKDAYS if day != 8]), Frequency(1, "business day"), 1),
         (times("2020-01-03", "2020-01-10", "2020-01-17"), Frequency(7 * DAY), 0),  # Fridays

@@ -182,7 +182,7 @@ def _is_kept(column: _Column, wanted: Sequence[str] | None, name: str) -> bool:
         return False
     if column.others:
         hint = " A decimal comma, or one between thousands? Write 1234.5." if comma else ""
-        hint = " A row of names, and one of units? Leave one of them." if line == 1 else hint
+        hint = " A row of names, and one of units? Leave one of them." if line == 1 and not comma else hint
         raise DataError(
             f"{name}, line {line}: {cell!r} in column {column.name!r} is no number; {column.others:,} of its cells are "
             f"none, {column.numbers:,} are.{hint} Correct the file, or choose other columns: --columns"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import DataError
-from trimtab.tasks.forecasting.series import Series
+from trimtab.tasks.forecasting.series import Numbers, Series
 from trimtab.tasks.forecasting.splits import Scaler, Split, ends_of, fit_scaler
 from trimtab.tasks.forecasting.windows import windows
 from trimtab.tasks.notices import warn
@@ -20,7 +20,8 @@ from trimtab.tasks.task import Examples
 FILE = "series.json"
 """What a trained model needs to be used: columns in order, their scale, and how far times are apart."""
 
-_FURTHEST = 1e12  # standard deviations from the mean: squares of errors, and their sums, stay float32 numbers
+_FURTHEST = 1e15  # standard deviations from the mean: squares of errors, and their means, stay float32 numbers
+_STRANGE = 1e9  # times the usual size of a column's values
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,12 @@ def scaled(series: Series, scaler: Scaler, steps: slice) -> Tensor:
     if (distances > _FURTHEST).any():
         place = int(distances.argmax())
         value = series.values[place, steps][np.abs(values[place]).argmax()]
+        apart = f"{distances[place]:.0e} standard deviations from the mean of its training steps"
+        if scaler.constant[place]:
+            apart = f"where all training steps have {scaler.mean[place]:g}"
         raise DataError(
-            f"{series.name} has a value of {value:g} in column {series.columns[place]!r}, {distances[place]:.0e} "
-            f"standard deviations from the mean of its training steps; expected {_FURTHEST:.0e} at most. Correct it; "
-            "if it stands for a missing value, say so (--missing-value, or NaN in its place)"
+            f"{series.name} has a value of {value:g} in column {series.columns[place]!r}, {apart}: its square would "
+            "be infinite. Correct it; if it stands for a missing value, say so (--missing-value, or NaN in its place)"
         )
     return torch.from_numpy(values).to(torch.get_default_dtype())
 
@@ -134,9 +137,15 @@ def series_file(series: Series, train: int, validation: int) -> str:
 
 def _facts(series: Series, scaler: Scaler, steps: dict[str, int]) -> dict[str, Any]:
     constant = [column for column, is_constant in zip(series.columns, scaler.constant, strict=True) if is_constant]
+    strange = [column for column, values in zip(series.columns, series.values, strict=True) if _has_strange(values)]
     found = {
         "left_out": (list(series.left_out), "hold no numbers to forecast, and are left out"),
         "constant": (constant, "are constant over the training steps, and scaled by 1"),
+        "strange": (
+            strange,
+            f"have values {_STRANGE:.0e} times as large as is usual in them, beside which the others vanish; if they "
+            "stand for missing ones, say so (--missing-value, or NaN in their place)",
+        ),
     }
     for columns, what in found.values():
         if columns:
@@ -150,3 +159,9 @@ def _facts(series: Series, scaler: Scaler, steps: dict[str, int]) -> dict[str, A
         "uneven_steps": series.uneven,
         **{name: columns for name, (columns, _) in found.items()},
     }
+
+
+def _has_strange(values: Numbers) -> bool:
+    """Whether the largest of a column's values is far beyond all sizes that its values have, as a mark would be."""
+    sizes = np.abs(values[values != 0])
+    return bool(sizes.size) and float(sizes.max()) > _STRANGE * float(np.median(sizes))

@@ -27,10 +27,12 @@ class Frequency:
         count: so many units.
         unit: "microsecond"; "month", the same day of the month each time, or the last of one that is shorter; "month
             end", its last day; or "business day", from Monday to Friday.
+        day: of "month", if not all have it: 29 or 30; None for that of the last time.
     """
 
     count: int
     unit: Unit = "microsecond"
+    day: int | None = None
 
     def season(self) -> int | None:
         """Steps after which values are likely to repeat: a day, of days a week, of weeks or months a year.
@@ -64,8 +66,10 @@ class Frequency:
             ends = (month + ahead + 1).astype("datetime64[D]") - 1
             return ends.astype("datetime64[us]") + rest
         begin, end = (month + ahead).astype("datetime64[us]"), (month + ahead + 1).astype("datetime64[us]")
-        last_day = end - np.timedelta64(_DAY, "us") + rest % np.timedelta64(_DAY, "us")
-        return np.minimum(begin + rest, last_day)
+        hours = rest % np.timedelta64(_DAY, "us")
+        if self.day is not None:
+            rest = np.timedelta64((self.day - 1) * _DAY, "us") + hours
+        return np.minimum(begin + rest, end - np.timedelta64(_DAY, "us") + hours)
 
 
 def parse_dates(cells: Sequence[str], where: Callable[[int], str]) -> Times:
@@ -152,9 +156,12 @@ def frequency_of(times: Times) -> tuple[Frequency | None, int]:
         ends = (times.astype("datetime64[D]") + 1).astype("datetime64[M]") > months
         hours = rest % np.timedelta64(_DAY, "us")
         if (rest == rest[0]).all():
-            return _usual(apart, "month")
+            return _usual(apart, "month", _late(_day_of(times)[0]))
         if ends.all() and (hours == hours[0]).all():
             return _usual(apart, "month end")
+        day = _day_of(times).max()
+        if ((_day_of(times) == day) | (ends & (_day_of(times) < day))).all() and (hours == hours[0]).all():
+            return _usual(apart, "month", _late(day))
     days = times.astype("datetime64[D]")
     if (
         np.is_busday(days).all()
@@ -167,10 +174,21 @@ def frequency_of(times: Times) -> tuple[Frequency | None, int]:
     return _usual(steps.astype(np.int64), "microsecond")
 
 
-def _usual(steps: NDArray[Any], unit: Unit) -> tuple[Frequency, int]:
+def _day_of(times: Times) -> NDArray[np.int64]:
+    """Of the month, from 1."""
+    days = times.astype("datetime64[D]") - times.astype("datetime64[M]").astype("datetime64[D]")
+    return days.astype(np.int64) + 1
+
+
+def _late(day: np.int64) -> int | None:
+    """A day of the month that not all months have; None for others."""
+    return int(day) if day > 28 else None
+
+
+def _usual(steps: NDArray[Any], unit: Unit, day: int | None = None) -> tuple[Frequency, int]:
     values, counts = np.unique(steps[steps > 0], return_counts=True)
     usual = int(values[counts.argmax()])
-    return Frequency(usual, unit), int((steps != usual).sum())
+    return Frequency(usual, unit, day), int((steps != usual).sum())
 
 
 def _iso(cells: Sequence[str], where: Callable[[int], str]) -> Times:

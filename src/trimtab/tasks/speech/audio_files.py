@@ -32,8 +32,8 @@ def read_audio(path: str | Path, sample_rate: int) -> Samples:
         sample_rate: that it must have, Hz.
 
     Raises:
-        AudioError: it is missing, damaged or cut off, of another sample rate, of several channels, too short for one
-            frame, or of samples that are no recording's.
+        AudioError: it is missing or damaged, a RIFF WAV that is cut off, of another sample rate, of several channels,
+            too short for one frame, or of samples that are no recording's.
     """
     import soundfile
 
@@ -61,7 +61,8 @@ def read_audio(path: str | Path, sample_rate: int) -> Samples:
             f"`sox {Path(path).name} -c 1 out.wav`",
         )
     if not num_frames(len(samples), sample_rate):
-        raise AudioError("too short", f"{path} is shorter than one window of {WINDOW_MS} ms (every {SHIFT_MS} ms)")
+        short = f"is shorter than one window of {WINDOW_MS} ms (every {SHIFT_MS} ms)"
+        raise AudioError("too short", f"{path} {short if len(samples) else 'has no sample that can be read'}")
     mono = samples[:, 0]
     if not np.isfinite(mono).all():
         raise AudioError("unreadable", f"{path} has samples that are not finite numbers")

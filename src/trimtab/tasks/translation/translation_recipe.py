@@ -99,6 +99,11 @@ class TranslationRecipe(Recipe):
         if self.model.pad != PAD:
             raise RecipeError(f"model.pad must be {PAD}, the padding of the vocabularies; got {self.model.pad}")
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a translation: 1,024, or what the longest sentences in training need."""
+        return max(_MOST_TOKENS, 2 * self.max_length)
+
     def task(self) -> Task:
         """Load the data and draw the model.
 
@@ -181,7 +186,9 @@ class TranslationRecipe(Recipe):
             found = likelihood(model, source, target)
             if decodes:
                 with self._without_compiling():
-                    translations = translated(model, source, self.model.target_vocab, beam, length_penalty)
+                    translations = translated(
+                        model, source, self.model.target_vocab, beam, length_penalty, self.most_tokens
+                    )
                 texts = vocabulary.decode(tokenizer, translations)
                 found |= bleu.counts(texts, [references[row] for row in rows.tolist()])
             return found
@@ -206,14 +213,16 @@ def likelihood(model: nn.Module, source: Tensor, target: Tensor) -> dict[str, Te
     return {"nll": losses.view_as(following).sum(-1), "tokens": (following != PAD).sum(-1)}
 
 
-def translated(model: nn.Module, source: Tensor, vocab: int, beam: int, length_penalty: float) -> list[list[int]]:
+def translated(
+    model: nn.Module, source: Tensor, vocab: int, beam: int, length_penalty: float, most: int = _MOST_TOKENS
+) -> list[list[int]]:
     """Tokens of the translation of each sentence of (B, S).
 
-    Each has at most half as many again as its source, and 10, and 1,024: one line that is no sentence would else be
+    Each has at most half as many again as its source, and 10, and `most`: one line that is no sentence would else be
     waited for.
     """
     limits = (source != PAD).sum(-1)
-    limits = (limits + limits // 2 + 10).clamp_max(_MOST_TOKENS)
+    limits = (limits + limits // 2 + 10).clamp_max(most)
     together = max(1, _ROWS_TIMES_VOCABULARY // (beam * vocab))
     return [
         translation.tokens

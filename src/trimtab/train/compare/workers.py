@@ -84,6 +84,7 @@ def run_all(
     parcels = {name: pack((work, task)) for name, task in tasks.items()}
     waiting = deque(tasks)
     outcomes: dict[str, Any] = {}
+    told: set[tuple[Any, ...]] = set()
     workers: list[_Worker] = []
     failed_starts = 0
 
@@ -91,7 +92,9 @@ def run_all(
         if kind == "ready":
             worker.ready = True
         elif kind == "log":
-            logger.log(*news)
+            if news not in told:  # all runs on the same data say the same of them
+                told.add(news)
+                logger.log(*news)
         elif worker.task is not None:
             name = worker.task
             if kind == "lost":
