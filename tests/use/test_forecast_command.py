@@ -263,12 +263,24 @@ def test_another_file_under_the_same_name_is_refused(
     assert "samformer was made by an earlier version of Trimtab: choose another folder" in capsys.readouterr().err
     kept.write_text(text)
     for more, message in (
-        (["--epochs", "3"], "holds a model trained with another epochs, 2 there and 3 here"),
+        (["--epochs", "3"], "holds a model trained with another number of epochs, 2 there and 3 here"),
         (["--lookback", "24"], "holds a model trained with another look-back, 48 there and 24 here: choose another f"),
         (["--lr", "0.1"], "holds a model trained with another learning rate, 0.001 there and 0.1 here"),
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_early_is_trained_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["forecast", write_tides(tmp_path / "tides.csv"), "--horizon", "6", "--model", "dlinear", "--lr", "0.3"]
+    words += ["--folder", str(tmp_path / "run"), *CPU]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "dlinear" / "result.json").read_text())["status"] == "stopped early"
+    assert "training DLinear" in capsys.readouterr().out
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "DLinear is trained already" in printed
+    assert "training DLinear" not in printed
 
 
 def test_another_model_forecasts(

@@ -117,9 +117,12 @@ def check_same_series(folder: Path, series: Series, train: int, validation: int)
         RunFolderError: the run has begun with other ones.
     """
     path = folder / FILES / FILE
-    if path.is_file() and '"sha256"' not in path.read_text("utf-8"):
+    if not path.is_file():
+        return
+    there = path.read_text("utf-8")
+    if '"sha256"' not in there:
         raise RunFolderError(f"{folder} was made by an earlier version of Trimtab: choose another folder (--folder)")
-    if path.is_file() and path.read_text("utf-8") != series_file(series, train, validation):
+    if there != series_file(series, train, validation):
         raise RunFolderError(
             f"{folder} holds a model of other values than {series.name} has now: choose another folder (--folder), or "
             "remove this one to train anew"
@@ -150,7 +153,7 @@ def check_same_training(folder: Path, recipe: ForecastingRecipe) -> None:
         ("learning rate", there.lr, recipe.lr),
         ("seed", there.seed, recipe.seed),
         ("split", there.split, recipe.split),
-        ("epochs", *epochs),
+        ("number of epochs", *epochs),
         ("batch size", there.batch_size, recipe.batch_size),
         ("stabilizer", there.stabilizer, recipe.stabilizer),
     ):

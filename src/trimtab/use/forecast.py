@@ -160,7 +160,7 @@ def forecast_command(words: Sequence[str]) -> int:
             recipe = replace(recipe, columns=options.columns, missing_value=options.missing_value)
             check_same_training(folder / kind, recipe)
             there = read_result(folder / kind)
-            if there is not None and there.status == "finished":
+            if there is not None and there.status != "diverged":  # it may have stopped early
                 _tell(terminal, f"{_NAMES[kind]} is trained already, in {folder / kind}")
             elif not terminal.is_interactive:  # there, the folder is told all the time
                 _tell(terminal, f"training {_NAMES[kind]}, in {folder / kind}")

@@ -79,14 +79,14 @@ def check_goes_on(series: Series, frequency: Frequency, before: Times) -> None:
         before: all times that are known, the series' among them: a short look-back may have a holiday or a gap.
 
     Raises:
-        DataError: more than a tenth of the series' steps are longer or shorter, and either so are more than a tenth
-            of all that are known, or a quarter of the series', and more than two.
+        DataError: more than a tenth of the series' steps are longer or shorter; but two may be, if no more than a
+            tenth are of all that are known.
     """
     assert series.times is not None
     uneven, steps = _uneven(series.times, frequency), series.num_steps - 1
     if uneven > _UNEVEN * steps:
         known = len(before) - 1
-        here = uneven > max(_FEW, steps / 4) or (uneven == steps and known < _MANY)
+        here = uneven > _FEW or (uneven == steps and known < _MANY)
         if here or _uneven(before, frequency) > max(1, _UNEVEN * known):
             _check_share(series.name, uneven, steps, frequency)
     if uneven:
