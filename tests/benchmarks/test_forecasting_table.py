@@ -69,6 +69,19 @@ def test_learning_rates_of_a_later_stroke_are_times_the_best(bench: Bench) -> No
     assert arms.settings(arms.ARMS["samformer"], 1, {"rho": 0.5}) == [{"rho": 0.5, "lr": 3.0}, {"rho": 0.5, "lr": 0.3}]
 
 
+def test_from_an_edge_it_goes_on_outwards(bench: Bench) -> None:
+    arms = bench("forecasting_arms")
+    rates = [{"lr": 3.0}, {"lr": 1.0}, {"lr": 0.3}]
+    assert arms.beyond(rates, {"lr": 1.0}) == []
+    assert arms.beyond(rates, {"lr": 3.0}) == [{"lr": 6.0}]
+    assert arms.beyond([*rates, {"lr": 6.0}], {"lr": 3.0}) == []
+    assert arms.beyond(rates, {"lr": 0.3, "dropout": 0.3}) == [{"lr": 0.15, "dropout": 0.3}]
+    both = [{"rho": 0.3}, {"rho": 0.5}, {"rho": 0.3, "lr": 3.0}, {"rho": 0.3, "lr": 0.3}]
+    assert arms.beyond(both, both[2]) == [{"rho": 0.15, "lr": 3.0}, {"rho": 0.3, "lr": 6.0}]
+    assert arms.beyond(both, both[1]) == [{"rho": 1.0}]
+    assert arms.beyond(rates[:1], rates[0]) == []  # one value has no edge
+
+
 @pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
 def test_what_is_tuned_sees_no_test_part(bench: Bench) -> None:
     arms = bench("forecasting_arms")
