@@ -16,10 +16,11 @@ best then runs with new seeds, five (two on ETTm1, ETTm2 and weather, all five w
 at its end. MSE and MAE on scaled data.
 
 Prints for each horizon the published test MSE, ours as mean ± standard deviation over seeds, MAE, the validation MSE,
-the lowest entropy of a head at the end of each run, parameters (those of attention included) and seconds of a run; and
-SAMformer less each other arm, paired by seed, with the 95 % interval of Student's t. Writes
-results/forecasting_<data>.json, in which horizons and arms of earlier calls stay; `table` reads them all, prints the
-whole table with the improvement over TSMixer and the ratio of parameters, and draws results/forecasting.png.
+the lowest entropy of a head at the end of each run, parameters (those of attention included) and seconds of a run;
+SAMformer less each other arm, paired by seed, with the 95 % interval of Student's t; and what the last value and the
+last season have. Writes results/forecasting_<data>.json, in which horizons and arms of earlier calls stay; `table`
+reads them all, prints the whole table with the improvement over TSMixer and the ratio of parameters, and draws
+results/forecasting.png.
 """
 
 import statistics
@@ -35,7 +36,9 @@ import measure
 import torch
 from forecasting_arms import ALL, ARMS, HORIZONS, NEEDED, SEEDS, Setting, beyond, recipe, settings
 
+from trimtab.models.forecasting import ForecastModelConfig
 from trimtab.report.runlog import read_run
+from trimtab.tasks.forecasting import naive, published
 from trimtab.train.compare.grid import RunPlace
 from trimtab.train.compare.running import finished, run_places
 from trimtab.train.hardware import Hardware
@@ -137,19 +140,29 @@ def row(place: RunPlace) -> dict[str, Any]:
     }
 
 
-def write(name: str, horizon: int, found: Mapping[str, Any]) -> Path:
+def naive_errors(data: str, horizon: int) -> dict[str, dict[str, float]]:
+    """What nothing learned has on the test part: the last value, and the last season, again and again."""
+    parts = published(data, ForecastModelConfig(horizon=horizon)).parts()
+    assert parts.test is not None
+    found = {"last value": naive.measure(lambda x: naive.last_value(x, horizon), parts.test)}
+    if season := parts.season:
+        found["last season"] = naive.measure(lambda x: naive.last_season(x, horizon, season), parts.test)
+    return found
+
+
+def write(name: str, data: str, horizon: int, found: Mapping[str, Any]) -> Path:
     """Add a horizon's arms to what earlier calls have left."""
-    before = measure.read(name).get("cells", {})
-    arms = before.get(str(horizon), {}) | dict(found)
+    before = measure.read(name)
+    arms = before.get("cells", {}).get(str(horizon), {}) | dict(found)
     ordered = {arm: arms[arm] for arm in ALL if arm in arms}
-    cells = before | {str(horizon): ordered}
-    return measure.write(name, {"cells": {key: cells[key] for key in sorted(cells, key=int)}})
+    cells = before.get("cells", {}) | {str(horizon): ordered}
+    nothing = before.get("naive", {}) | {str(horizon): naive_errors(data, horizon)}
+    results = {"cells": cells, "naive": nothing}
+    return measure.write(name, {what: dict(sorted(each.items(), key=_horizon)) for what, each in results.items()})
 
 
-def show(data: str, horizon: int, arms: Mapping[str, Any]) -> None:
-    print(f"\n{data}, horizon {horizon}")
-    for line in forecasting_table.cell_lines(data, horizon, arms):
-        print(line)
+def _horizon(item: tuple[str, Any]) -> int:
+    return int(item[0])
 
 
 def options() -> Namespace:
@@ -179,8 +192,8 @@ def main() -> None:
     seeds = [1] if chosen.quick else list(range(1, count + 1))
     for horizon in chosen.all_horizons[: 1 if chosen.quick else None]:
         found = cell(chosen, folder, horizon, chosen.names, seeds)
-        path = write(name, horizon, found)
-        show(chosen.data, horizon, measure.read(name)["cells"][str(horizon)])
+        path = write(name, chosen.data, horizon, found)
+        print("\n".join(forecasting_table.cell(chosen.data, horizon, measure.read(name))))
         seconds = [each["seconds"] for arm in found.values() for each in arm["runs"] if "seconds" in each]
         if seconds:
             print(f"written to {path}; a run took {statistics.median(seconds):.0f} s by the median")

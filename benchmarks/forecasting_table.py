@@ -29,6 +29,14 @@ def difference(arms: Arms, name: str) -> tuple[float, float, float] | None:
     return measure.t_interval(pairs) if pairs and all(map(math.isfinite, pairs)) else None
 
 
+def cell(data: str, horizon: int, found: Mapping[str, Any]) -> list[str]:
+    """A horizon of a data set's results: its arms, and what nothing learned has."""
+    lines = ["", f"{data}, horizon {horizon}", *cell_lines(data, horizon, found["cells"][str(horizon)])]
+    for name, error in found.get("naive", {}).get(str(horizon), {}).items():
+        lines.append(f"{name:13}{'':10}{error['mse']:>8.4f}{'':9}{error['mae']:>8.4f}")
+    return lines
+
+
 def cell_lines(data: str, horizon: int, arms: Arms) -> list[str]:
     """A line for each arm: published, ours ± sd, MAE, parameters, seconds, setting; SAMformer less it."""
     lines = [
@@ -68,10 +76,14 @@ def parameters(arm: Mapping[str, Any]) -> int:
     return next((each["parameters"] for each in arm["runs"] if "parameters" in each), 0)
 
 
+def beats(arms: Arms, names: Sequence[str]) -> bool:
+    """Whether SAMformer's mean test MSE is below that of each of these arms."""
+    return all(mean(errors(arms, SAMFORMER)) < mean(errors(arms, name)) for name in names)
+
+
 def beaten(cells: Iterable[Arms], names: Sequence[str]) -> str:
-    """In how many of the cells that have all these arms SAMformer's mean test MSE is below that of each."""
-    whole = [arms for arms in cells if all(name in arms for name in names)]
-    below = [all(mean(errors(arms, SAMFORMER)) < mean(errors(arms, name)) for name in names) for arms in whole]
+    """In how many of the cells that have all these arms SAMformer beats them."""
+    below = [beats(arms, names) for arms in cells if all(name in arms for name in names)]
     return f"{sum(below)} of {len(below)} cells that have them"
 
 
@@ -88,9 +100,8 @@ def write_table() -> None:
         print("no results yet: run `python benchmarks/forecasting.py ETTh1 --horizons 96`")
         return
     for data, cells in found.items():
-        for horizon, arms in cells.items():
-            print(f"\n{data}, horizon {horizon}")
-            print("\n".join(cell_lines(data, horizon, arms)))
+        for horizon in cells:
+            print("\n".join(cell(data, horizon, measure.read(f"forecasting_{data}"))))
     print()
     print("\n".join(headlines(found)))
     print("written to", draw(found))
@@ -110,6 +121,9 @@ def headlines(found: Mapping[str, Mapping[int, Arms]]) -> list[str]:
     rivals = [name for name in ARMS if name != SAMFORMER]
     models = [name for name in rivals if name != "adam"]
     lines.append(f"below all of {', '.join(rivals)}: {beaten(tables, rivals)}")
+    run = [(arms, names) for arms in tables if (names := [name for name in rivals if name in arms])]
+    below = sum(beats(arms, names) for arms, names in run)
+    lines.append(f"below those of them that have been run: {below} of {len(run)} cells")
     lines.append(f"below all that are other models ({', '.join(models)}): {beaten(tables, models)}")
     lines.append(f"below all variants of its own ({', '.join(NEEDED)}): {beaten(tables, list(NEEDED))}")
     both = [(data, HORIZONS.index(horizon), arms) for data, horizon, arms in cells if MIXER in arms]

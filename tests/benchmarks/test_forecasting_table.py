@@ -27,12 +27,15 @@ def test_headlines_count_cells_below_published_and_below_every_other_arm(bench: 
     lines = bench("forecasting_table").headlines({"ETTh1": {96: arms}, "ETTh2": {96: arms}})
     assert lines[0].endswith("1 of 2 cells")  # .375 is below .381 and above .295
     assert lines[1].endswith("0 of 0 cells that have them")  # no cell has them all
-    assert "16.67 %" in lines[4]
-    assert ": 4.0 (published: about 4)" in lines[5]
+    assert "16.67 %" in lines[5]
+    assert ": 4.0 (published: about 4)" in lines[6]
     whole = arms | {name: arm(0.38, 0.39) for name in ("tsmixer+sam", "dlinear", "itransformer")}
     lines = bench("forecasting_table").headlines({"ETTh1": {96: whole}, "ETTh2": {96: arms}})
     assert lines[1].endswith("0 of 1 cells that have them")  # Adam is below
-    assert lines[2].endswith("1 of 1 cells that have them")
+    assert lines[2].endswith("have been run: 0 of 2 cells")
+    assert lines[3].endswith("1 of 1 cells that have them")
+    lines = bench("forecasting_table").headlines({"ETTh1": {96: {"samformer": arm(0.37), "adam": arm(0.371)}}})
+    assert lines[2].endswith("have been run: 1 of 1 cells")
 
 
 def test_a_run_that_failed_is_infinitely_bad_and_never_chosen(bench: Bench) -> None:
@@ -42,8 +45,16 @@ def test_a_run_that_failed_is_infinitely_bad_and_never_chosen(bench: Bench) -> N
     assert table.beaten([{"samformer": arm(0.5), "adam": failed}], ["adam"]).startswith("1 of 1")
     cell = {"samformer": arm(0.5, 0.6), "tsmixer": failed | {"setting": {}}, "adam": arm(0.4, math.inf)}
     assert len(table.cell_lines("ETTh1", 96, cell)) == 4
-    assert len(table.headlines({"ETTh1": {96: cell}})) == 5  # no ratio of parameters
+    assert len(table.headlines({"ETTh1": {96: cell}})) == 6  # no ratio of parameters
     assert grid.best([({"lr": 1.0}, math.inf), ({"lr": 0.3}, 0.5), ({"lr": 0.1}, 0.5)]) == {"lr": 0.3}
+
+
+def test_a_cell_has_what_nothing_learned_has(bench: Bench) -> None:
+    naive = {"96": {"last value": {"mse": 0.5, "mae": 0.25}}}
+    lines = bench("forecasting_table").cell("ETTh1", 96, {"cells": {"96": {}}, "naive": naive})
+    assert lines[1] == "ETTh1, horizon 96"
+    assert lines[-1].split() == ["last", "value", "0.5000", "0.2500"]
+    assert len(bench("forecasting_table").cell("ETTh1", 96, {"cells": {"96": {}}})) == 3  # of older results
 
 
 def test_every_arm_has_eight_settings_and_a_recipe(bench: Bench) -> None:
