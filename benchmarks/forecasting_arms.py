@@ -112,7 +112,7 @@ NEEDED = {
     "qk-norm": Arm("the same model with QK-norm", {}, "qk-norm"),
     "sam+sigma": Arm("SAM and sigma-Reparam", {}, "sam:rho={rho}+sigma", SAM),
     "sam+qk-norm": Arm("SAM and QK-norm", {}, "sam:rho={rho}+qk-norm", SAM),
-    "frozen": Arm("attention frozen as it is drawn, Adam: hardly more than a linear model", {"frozen_attention": True}),
+    "frozen": Arm("attention frozen as it is drawn, Adam", {"frozen_attention": True}),
     "sam+frozen": Arm("the same with SAM", {"frozen_attention": True}, "sam:rho={rho}", SAM),
 }
 """Is SAM needed? These beside "samformer" and "adam"."""
