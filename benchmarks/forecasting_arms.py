@@ -89,13 +89,13 @@ class Arm:
 
 
 _TSMIXER = {"kind": "tsmixer", "dim": 64, "depth": 2}
-_DROPOUT: Stroke = ("dropout", (0.3, 0.7))
+_DROPOUT: Stroke = ("dropout", (0.7, 0.9))
 
 ARMS = {
     "samformer": Arm("SAMformer: channel attention, SAM", {}, "sam:rho={rho}", SAM),
     "adam": Arm("the same model with Adam alone (the paper's Transformer)", {}),
-    "tsmixer": Arm("TSMixer", _TSMIXER, "none", (LR, _DROPOUT, FINER), {"dropout": 0.1}),
-    "tsmixer+sam": Arm("TSMixer with SAM", _TSMIXER, "sam:rho={rho}", (*SAM[:2], _DROPOUT), {"dropout": 0.1}),
+    "tsmixer": Arm("TSMixer", _TSMIXER, "none", (LR, _DROPOUT, FINER), {"dropout": 0.3}),
+    "tsmixer+sam": Arm("TSMixer with SAM", _TSMIXER, "sam:rho={rho}", (*SAM[:2], _DROPOUT), {"dropout": 0.3}),
     "dlinear": Arm("DLinear", {"kind": "dlinear", "revin": False}),
     "itransformer": Arm(
         "iTransformer",
