@@ -10,6 +10,8 @@ import pictures
 from forecasting_arms import ARMS, HORIZONS, NEEDED, PUBLISHED, SEEDS
 
 SAMFORMER, MIXER = "samformer", "tsmixer"
+DRAWN = [*ARMS, "frozen"]
+_COLOURS = ("#0b6e4f", "#c0392b", "#1f6f8b", "#7fb3c8", "#8e6c3a", "#7d5ba6", "#555555")
 Arms = Mapping[str, Any]
 
 
@@ -145,25 +147,35 @@ def headlines(found: Mapping[str, Mapping[int, Arms]]) -> list[str]:
 
 def draw(found: Mapping[str, Mapping[int, Arms]]) -> Any:
     """A panel for each data set: test MSE over that of SAMformer, by horizon, every seed a dot."""
-    figure, grid = pictures.panels(["test MSE over SAMformer's"], list(found), width=2.6, height=2.6)
-    names = [name for name in ARMS if any(name in arms for each in found.values() for arms in each.values())]
-    colours = dict(zip(ARMS, ("#0b6e4f", "#c0392b", "#1f6f8b", "#7fb3c8", "#8e6c3a", "#7d5ba6"), strict=True))
+    title = ["test MSE over SAMformer's"]
+    figure, grid = pictures.panels(title, list(found), width=2.6, height=2.6, sharey=False)
+    colours = dict(zip(DRAWN, _COLOURS, strict=True))
+    names = [name for name in DRAWN if any(name in arms for each in found.values() for arms in each.values())]
     entries = {}
     for ax, (data, cells) in zip(grid[0], found.items(), strict=True):
         for index, name in enumerate(names):
-            line = _relative(ax, cells, name, colours[name], 0.06 * (index - len(names) / 2))
+            line = _relative(ax, cells, name, colours[name], 0.08 * (index - len(names) / 2))
             if line is not None:
                 entries[name] = line
-        places = [HORIZONS.index(horizon) for horizon in cells]
-        published = [
-            PUBLISHED[data][SAMFORMER][HORIZONS.index(horizon)] / mean(errors(arms, SAMFORMER))
-            for horizon, arms in cells.items()
-        ]
-        (entries["published SAMformer"],) = ax.plot(places, published, "_", color="black", markersize=14)
+        published = {horizon: PUBLISHED[data][SAMFORMER][HORIZONS.index(horizon)] for horizon in cells}
+        entries["published SAMformer"] = _marks(ax, cells, published, "black")
+        top = ax.get_ylim()[1]  # a last value above all that is trained would leave no room for it
+        naive = measure.read(f"forecasting_{data}").get("naive", {})
+        known = {int(horizon): each["last value"]["mse"] for horizon, each in naive.items()}
+        entries["last value (beyond the panel where it is not seen)"] = _marks(ax, cells, known, "#d39a00")
+        ax.set_ylim(top=top)
         ax.set_xticks(range(len(HORIZONS)), list(map(str, HORIZONS)))
         ax.set_xlabel("horizon", fontsize=7.5)
     pictures.legend(figure, entries)
     return pictures.save(figure, "forecasting")
+
+
+def _marks(ax: Any, cells: Mapping[int, Arms], errors_of: Mapping[int, float], colour: str) -> Any:
+    """A dash at each horizon, for what has no seeds."""
+    known = [horizon for horizon in cells if horizon in errors_of]
+    values = [errors_of[horizon] / mean(errors(cells[horizon], SAMFORMER)) for horizon in known]
+    (line,) = ax.plot([HORIZONS.index(horizon) for horizon in known], values, "_", color=colour, markersize=16)
+    return line
 
 
 def _relative(ax: Any, cells: Mapping[int, Arms], name: str, colour: str, shift: float) -> Any:

@@ -15,14 +15,20 @@ INK, FAINT = "#3b4048", "#e4e7eb"
 
 
 def panels(
-    rows: Sequence[str], columns: Sequence[str], width: float = 2.0, height: float = 1.7, *, apart: bool = False
+    rows: Sequence[str],
+    columns: Sequence[str],
+    width: float = 2.0,
+    height: float = 1.7,
+    *,
+    apart: bool = False,
+    sharey: bool = True,
 ) -> tuple[Figure, list]:
     """A grid of small axes: what a row measures at its left, what a column shows above it; inches a panel.
 
-    A column has one x axis; with `apart` the last row has its own.
+    A column has one x axis; with `apart` the last row has its own. A row has one y axis, if it is shared.
     """
     figure = Figure(figsize=(width * len(columns) + 0.6, height * len(rows) + 0.7), dpi=150, layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), sharex=not apart and "col", sharey="row", squeeze=False)
+    axes = figure.subplots(len(rows), len(columns), sharex=not apart and "col", sharey=sharey and "row", squeeze=False)
     if apart:
         for above in axes[:-2].flat:
             above.tick_params(labelbottom=False)
