@@ -159,11 +159,13 @@ def draw(found: Mapping[str, Mapping[int, Arms]]) -> Any:
                 entries[name] = line
         published = {horizon: PUBLISHED[data][SAMFORMER][HORIZONS.index(horizon)] for horizon in cells}
         entries["published SAMformer"] = _marks(ax, cells, published, "black")
-        top = ax.get_ylim()[1]  # a last value above all that is trained would leave no room for it
+        bottom, top = ax.get_ylim()  # a last value above all that is trained would leave no room for it
         naive = measure.read(f"forecasting_{data}").get("naive", {})
         known = {int(horizon): each["last value"]["mse"] for horizon, each in naive.items()}
-        entries["last value (beyond the panel where it is not seen)"] = _marks(ax, cells, known, "#d39a00")
-        ax.set_ylim(top=top)
+        last = _marks(ax, cells, known, "#d39a00")
+        entries["last value (beyond the panel where it is not seen)"] = last
+        ax.set_ylim(min([bottom, *(0.98 * value for value in last.get_ydata())]), top)
+        ax.set_xlim(-0.5, len(HORIZONS) - 0.5)
         ax.set_xticks(range(len(HORIZONS)), list(map(str, HORIZONS)))
         ax.set_xlabel("horizon", fontsize=7.5)
     pictures.legend(figure, entries)
