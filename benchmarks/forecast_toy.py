@@ -35,10 +35,12 @@ import forecast_toy_pictures
 import grids
 import measure
 import torch
-from forecasting_arms import Tuning, beyond
+import tuning
+from forecasting_arms import Tuning
 from hessian_metrics import RAW, remembered, with_eigenvalues
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tuning import Setting, best
 
 from trimtab.report.runlog import number, read_run
 from trimtab.tasks.forecasting import ForecastingRecipe
@@ -51,10 +53,8 @@ from trimtab.train.compare.running import finished, run_places
 from trimtab.train.hardware import Hardware
 from trimtab.train.trained import Trained, load_trained
 
-Setting = dict[str, Any]
 EXAMPLES = 1000  # of which the sharpness is
-TUNING_SEED = 0
-MOST_BEYOND = 4  # strokes on from an edge
+OUTWARDS = 4  # strokes on from an edge
 LRS = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
 HIGHER = [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1)]  # gammas are all that moves the norm of a weight
 RADII = [{"lr": lr, "rho": rho} for lr in (3e-3, 1e-2) for rho in (0.3, 0.7)]
@@ -86,7 +86,7 @@ def recipe(name: str, setting: Setting, seed: int, quick: bool) -> ForecastingRe
     toy = forecast_toy()
     fields = {field: getattr(toy, field) for field in toy.__dataclass_fields__}
     made = replace(
-        (Tuning if seed == TUNING_SEED else Sharp)(**fields),
+        (Tuning if seed == tuning.SEED else Sharp)(**fields),
         model=replace(toy.model, frozen_attention=frozen),
         stabilizer=stabilizer.format(rho=setting.get("rho")),
         lr=setting["lr"],
@@ -108,33 +108,6 @@ def planned(folder: Path, name: str, setting: Setting, seed: int, quick: bool) -
 
 def run(places: Sequence[RunPlace], jobs: int | None) -> None:
     run_places(places, jobs=jobs, on_news=grids.teller(len(places)), hardware=Hardware(accelerator="cpu"))
-
-
-def validation_mse(place: RunPlace) -> float:
-    result = finished(place)
-    return result.metrics.get("mse", float("inf")) if result and result.status == "finished" else float("inf")
-
-
-def tuned(folder: Path, quick: bool, jobs: int | None) -> dict[str, list[tuple[Setting, float]]]:
-    """The settings of each arm and their validation errors."""
-    tried: dict[str, list[tuple[Setting, float]]] = {arm: [] for arm in ARMS}
-
-    def stroke(chosen: Mapping[str, Sequence[Setting]]) -> None:
-        places = {
-            arm: [planned(folder, arm, setting, TUNING_SEED, quick) for setting in each] for arm, each in chosen.items()
-        }
-        run([place for each in places.values() for place in each], jobs)
-        for arm, each in chosen.items():
-            tried[arm] += zip(each, map(validation_mse, places[arm]), strict=True)
-
-    stroke({arm: each[:1] if quick else each for arm, (_, _, each) in ARMS.items()})
-    for _ in range(0 if quick else MOST_BEYOND):
-        best = {arm: min(each, key=lambda one: one[1])[0] for arm, each in tried.items()}
-        further = {arm: beyond([setting for setting, _ in each], best[arm]) for arm, each in tried.items()}
-        if not any(further.values()):
-            break
-        stroke(further)
-    return tried
 
 
 def row(place: RunPlace) -> dict[str, Any]:
@@ -196,23 +169,48 @@ def show(table: Mapping[str, Mapping[str, Any]]) -> None:
         print(f"{name:13}{cells[0]:>24}{cells[1]:>24}{cells[2]:>24}{cells[3]:>30}  {found['setting']}")
 
 
+def entropy_end(place: RunPlace) -> float | None:
+    """Of the attention over its maximum, when a run ended; None if it did not."""
+    return number(read_run(place.folder).column("entropy_min")[-1]) if finished(place) else None
+
+
+def show_tuning(tried: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    print("\nwhile tuning, seed 0: validation MSE, and entropy at the end")
+    for arm, each in tried.items():
+        for found in each:
+            entropy = found["entropy_end"]
+            told = "failed" if entropy is None else f"{entropy:.3f}"
+            print(f"{arm:13}{found['validation_mse']:>10.3f}{told:>8}  {found['setting']}")
+
+
 def main() -> None:
     arguments = grids.options(__doc__, seeds=3).parse_args()
     name, folder = grids.place("forecast_toy", arguments)
     quick = arguments.quick
-    tried = tuned(folder, quick, arguments.jobs)
-    best = {arm: min(each, key=lambda one: one[1])[0] for arm, each in tried.items()}
+    tried = tuning.tune(
+        list(ARMS),
+        [lambda arm, _: ARMS[arm][2][: 1 if quick else None]],
+        lambda arm, setting: planned(folder, arm, setting, tuning.SEED, quick),
+        lambda places: run(places, arguments.jobs),
+        0 if quick else OUTWARDS,
+    )
+    chosen = {arm: best(each) for arm, each in tried.items()}
     seeds = range(1, 2 if quick else arguments.seeds + 1)
-    places = [planned(folder, arm, best[arm], seed, quick) for seed in seeds for arm in ARMS]
+    places = [planned(folder, arm, chosen[arm], seed, quick) for seed in seeds for arm in ARMS]
     run(places, arguments.jobs)
 
     rows = [row(place) for place in places]
-    table = {arm: summary([each for each in rows if each["arm"] == arm]) | {"setting": best[arm]} for arm in ARMS}
+    table = {arm: summary([each for each in rows if each["arm"] == arm]) | {"setting": chosen[arm]} for arm in ARMS}
     show(table)
-    told = {
-        arm: [{"setting": setting, "validation_mse": value} for setting, value in each] for arm, each in tried.items()
+    while_tuning = {
+        arm: [
+            each | {"entropy_end": entropy_end(planned(folder, arm, each["setting"], tuning.SEED, quick))}
+            for each in tuning.told(found)
+        ]
+        for arm, found in tried.items()
     }
-    results = {"tried": told, "table": table, "runs": rows}
+    show_tuning(while_tuning)
+    results = {"tried": while_tuning, "table": table, "runs": rows}
     measure.write(name, results)
     maps = {place.arm: attention_map(place) for place in places if place.recipe.seed == 1 and ended(place)}
     path = measure.write(name, results | {"attention_maps": maps})

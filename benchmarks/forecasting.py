@@ -27,6 +27,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ import forecasting_table
 import grids
 import measure
 import torch
-from forecasting_arms import ALL, ARMS, HORIZONS, NEEDED, SEEDS, Setting, beyond, recipe, settings
+import tuning
+from forecasting_arms import ALL, ARMS, HORIZONS, NEEDED, SEEDS, recipe, settings
+from tuning import Setting, Tried, best, told
 
 from trimtab.models.forecasting import ForecastModelConfig
 from trimtab.report.runlog import read_run
@@ -43,10 +46,7 @@ from trimtab.train.compare.grid import RunPlace
 from trimtab.train.compare.running import finished, run_places
 from trimtab.train.hardware import Hardware
 
-TUNING_SEED = 0
-MOST_BEYOND = 6  # strokes on from an edge
-Tried = tuple[Setting, float]
-"""A setting and its validation error."""
+OUTWARDS = 6  # strokes on from an edge
 
 
 def words(setting: Setting) -> str:
@@ -54,7 +54,7 @@ def words(setting: Setting) -> str:
 
 
 def planned(options: Namespace, folder: Path, horizon: int, name: str, setting: Setting, seed: int) -> RunPlace:
-    made = recipe(options.data, horizon, ALL[name], setting, seed, tuning=seed == TUNING_SEED)
+    made = recipe(options.data, horizon, ALL[name], setting, seed, tuning=seed == tuning.SEED)
     if options.quick:
         made = replace(made, steps=10, watch_every=5, eval_every=10, checkpoint_every=10)
     place = folder / str(horizon) / name / words(setting).replace(" ", "_") / f"seed{seed}"
@@ -65,42 +65,18 @@ def run(places: Sequence[RunPlace], jobs: int | None) -> None:
     run_places(places, jobs=jobs, on_news=grids.teller(len(places)), hardware=Hardware())
 
 
-def validation_mse(place: RunPlace) -> float:
-    """Of the weights that the run kept; of one that failed, above all others."""
-    result = finished(place)
-    return result.metrics.get("mse", float("inf")) if result and result.status != "diverged" else float("inf")
-
-
 def tuned(options: Namespace, folder: Path, horizon: int, names: Sequence[str]) -> dict[str, list[Tried]]:
-    """The settings of each arm and their validation errors, all arms at a time in every stroke."""
-    tried: dict[str, list[Tried]] = {name: [] for name in names}
+    """The settings of each arm and their validation errors."""
 
-    def stroke(chosen: Mapping[str, Sequence[Setting]]) -> None:
-        places = {
-            name: [planned(options, folder, horizon, name, setting, TUNING_SEED) for setting in each]
-            for name, each in chosen.items()
-        }
-        run([place for each in places.values() for place in each], options.jobs)
-        for name, each in chosen.items():
-            errors = [validation_mse(place) for place in places[name]]
-            tried[name] += zip(each, errors, strict=True)
+    def stroke(number: int, name: str, best_so_far: Setting | None) -> list[Setting]:
+        return settings(ALL[name], number, best_so_far)[: 1 if options.quick else None]
 
-    if options.quick:
-        stroke({name: settings(ALL[name], 0, None)[:1] for name in names})
-        return tried
-    for number in range(max(len(ALL[name].strokes) for name in names)):
-        stroke({name: settings(ALL[name], number, best(tried[name]) if number else None) for name in names})
-    for _ in range(MOST_BEYOND):
-        further = {name: beyond([setting for setting, _ in tried[name]], best(tried[name])) for name in names}
-        if not any(further.values()):
-            break
-        stroke(further)
-    return tried
+    def plan(name: str, setting: Setting) -> RunPlace:
+        return planned(options, folder, horizon, name, setting, tuning.SEED)
 
-
-def best(tried: Sequence[Tried]) -> Setting:
-    """The first of those with the lowest validation error."""
-    return min(tried, key=lambda each: each[1])[0]
+    numbers = range(1 if options.quick else max(len(ALL[name].strokes) for name in names))
+    strokes = [partial(stroke, number) for number in numbers]
+    return tuning.tune(names, strokes, plan, lambda places: run(places, options.jobs), 0 if options.quick else OUTWARDS)
 
 
 def cell(options: Namespace, folder: Path, horizon: int, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -112,7 +88,7 @@ def cell(options: Namespace, folder: Path, horizon: int, names: Sequence[str], s
     return {
         name: {
             "setting": best(tried[name]),
-            "tried": [{"setting": setting, "validation_mse": value} for setting, value in tried[name]],
+            "tried": told(tried[name]),
             "runs": [row(place) for place in places if place.arm == name],
             "machine": measure.machine(),
         }

@@ -4,13 +4,15 @@ Every arm has eight settings, found in three strokes: four values of what matter
 what is next, at the best so far. With SAM these are its radius, the learning rate and weight decay; without it the
 learning rate, weight decay or dropout, and finer learning rates. They are multiples of the published one, 1e-3, and
 1e-4 for the weather. Where the best has the largest or smallest radius or learning rate of all that were tried, twice
-or half of it is tried as well, until it has not.
+or half of it is tried as well, until it has not (tuning.py).
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from tuning import Setting
 
 from trimtab.models.forecasting import ForecastModelConfig
 from trimtab.tasks.forecasting import ForecastingRecipe
@@ -118,7 +120,6 @@ NEEDED = {
 """Is SAM needed? These beside "samformer" and "adam"."""
 
 ALL = ARMS | NEEDED
-Setting = dict[str, Any]
 
 
 def settings(arm: Arm, stroke: int, best: Setting | None) -> list[Setting]:
@@ -126,17 +127,6 @@ def settings(arm: Arm, stroke: int, best: Setting | None) -> list[Setting]:
     name, values = arm.strokes[stroke]
     base = arm.start if best is None else best
     return [base | {name: base.get(name, 1.0) * value if name == "lr" else value} for value in values]
-
-
-def beyond(tried: Sequence[Setting], best: Setting) -> list[Setting]:
-    """What is tried next because the best stands at an edge: twice the largest radius or rate, half the smallest."""
-    found = []
-    for name in ("rho", "lr"):
-        values = [each.get(name, 1.0) for each in tried]
-        value = best.get(name, 1.0)
-        if min(values) < max(values) and value in (min(values), max(values)):
-            found.append(best | {name: round(value * (2 if value == max(values) else 0.5), 6)})
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)

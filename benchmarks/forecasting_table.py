@@ -102,8 +102,9 @@ def write_table() -> None:
         print("no results yet: run `python benchmarks/forecasting.py ETTh1 --horizons 96`")
         return
     for data, cells in found.items():
+        whole = measure.read(f"forecasting_{data}")
         for horizon in cells:
-            print("\n".join(cell(data, horizon, measure.read(f"forecasting_{data}"))))
+            print("\n".join(cell(data, horizon, whole)))
     print()
     print("\n".join(headlines(found)))
     print("written to", draw(found))

@@ -32,7 +32,7 @@ def test_the_attention_is_read_from_a_run(bench: Bench, tmp_path: Path) -> None:
 def test_runs_for_tuning_have_no_test_part_and_the_others_the_sharpness(bench: Bench) -> None:
     toy = bench("forecast_toy")
     for name, (_, _, settings) in toy.ARMS.items():
-        assert isinstance(toy.recipe(name, settings[0], toy.TUNING_SEED, False), toy.Tuning)
+        assert isinstance(toy.recipe(name, settings[0], toy.tuning.SEED, False), toy.Tuning)
         assert isinstance(toy.recipe(name, settings[0], 1, False), toy.Sharp)
 
 

@@ -39,7 +39,7 @@ def test_headlines_count_cells_below_published_and_below_every_other_arm(bench: 
 
 
 def test_a_run_that_failed_is_infinitely_bad_and_never_chosen(bench: Bench) -> None:
-    table, grid = bench("forecasting_table"), bench("forecasting")
+    table, grid = bench("forecasting_table"), bench("tuning")
     failed = {"runs": [{"seed": 1, "status": "failed"}]}
     assert table.errors({"adam": failed}, "adam") == {1: math.inf}
     assert table.beaten([{"samformer": arm(0.5), "adam": failed}], ["adam"]).startswith("1 of 1")
@@ -81,7 +81,7 @@ def test_learning_rates_of_a_later_stroke_are_times_the_best(bench: Bench) -> No
 
 
 def test_from_an_edge_it_goes_on_outwards(bench: Bench) -> None:
-    arms = bench("forecasting_arms")
+    arms = bench("tuning")
     rates = [{"lr": 3.0}, {"lr": 1.0}, {"lr": 0.3}]
     assert arms.beyond(rates, {"lr": 1.0}) == []
     assert arms.beyond(rates, {"lr": 3.0}) == [{"lr": 6.0}]
