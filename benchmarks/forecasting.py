@@ -10,7 +10,7 @@ Data sets: ETTh1, ETTh2, exchange-rate, ETTm1, ETTm2, weather, in the order of t
 
 The protocol is the published one (Ilbert, Odonnat et al., arXiv 2402.10198; see `trimtab.tasks.forecasting.recipes`):
 look-back 512, batches of 32, Adam, a cosine that begins again every 5 epochs, at most 100 epochs, the best weights by
-validation kept after 5 epochs without better. Every arm is tuned over eight settings (forecasting_arms.py), and on
+validation kept after 5 epochs without better. Every arm is tuned over nine settings (forecasting_arms.py), and on
 where the best stands at an edge of them, with seed 0, by the validation MSE alone, in runs that have no test part; the
 best then runs with new seeds, five (two on ETTm1, ETTm2 and weather, all five where a GPU is there), each tested once,
 at its end. MSE and MAE on scaled data.

@@ -1,9 +1,10 @@
 """The arms of forecasting.py: models, stabilizers, the settings that each is tuned over, and what has been published.
 
-Every arm has eight settings, found in three strokes: four values of what matters most to it, then twice two more of
+Every arm has nine settings, found in four strokes: four values of what matters most to it, then twice two more of
 what is next, at the best so far. With SAM these are its radius, the learning rate and weight decay; without it the
 learning rate, weight decay or dropout, and finer learning rates. They are multiples of the published one, 1e-3, and
-1e-4 for the weather. Where the best has the largest or smallest radius or learning rate of all that were tried, twice
+1e-4 for the weather. Last, RevIN with learned gains, which both released forms of SAMformer have; for DLinear, which has
+none, RevIN itself. Where the best has the largest or smallest radius or learning rate of all that were tried, twice
 or half of it is tried as well, until it has not (tuning.py).
 """
 
@@ -67,7 +68,10 @@ Stroke = tuple[str, Sequence[Any]]
 LR: Stroke = ("lr", (3.0, 1.0, 0.3, 0.1))
 FINER: Stroke = ("lr", (2.0, 0.5))
 DECAY: Stroke = ("weight_decay", (0.01, 0.1))
-SAM: tuple[Stroke, ...] = (("rho", (0.3, 0.5, 0.7, 1.0)), ("lr", (3.0, 0.3)), DECAY)
+GAINS: Stroke = ("affine", (True,))
+RHO: Stroke = ("rho", (0.3, 0.5, 0.7, 1.0))
+COARSE: Stroke = ("lr", (3.0, 0.3))
+SAM = (RHO, COARSE, DECAY, GAINS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Arm:
     what: str
     model: dict[str, Any]
     stabilizer: str = "none"
-    strokes: tuple[Stroke, ...] = (LR, DECAY, FINER)
+    strokes: tuple[Stroke, ...] = (LR, DECAY, FINER, GAINS)
     start: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,14 +100,14 @@ _DROPOUT: Stroke = ("dropout", (0.7, 0.9))
 ARMS = {
     "samformer": Arm("SAMformer: channel attention, SAM", {}, "sam:rho={rho}", SAM),
     "adam": Arm("the same model with Adam alone (the paper's Transformer)", {}),
-    "tsmixer": Arm("TSMixer", _TSMIXER, "none", (LR, _DROPOUT, FINER), {"dropout": 0.3}),
-    "tsmixer+sam": Arm("TSMixer with SAM", _TSMIXER, "sam:rho={rho}", (*SAM[:2], _DROPOUT), {"dropout": 0.3}),
-    "dlinear": Arm("DLinear", {"kind": "dlinear", "revin": False}),
+    "tsmixer": Arm("TSMixer", _TSMIXER, "none", (LR, _DROPOUT, FINER, GAINS), {"dropout": 0.3}),
+    "tsmixer+sam": Arm("TSMixer with SAM", _TSMIXER, "sam:rho={rho}", (RHO, COARSE, _DROPOUT, GAINS), {"dropout": 0.3}),
+    "dlinear": Arm("DLinear", {"kind": "dlinear"}, "none", (LR, DECAY, FINER, ("revin", (True,))), {"revin": False}),
     "itransformer": Arm(
         "iTransformer",
         {"kind": "itransformer", "dim": 128, "depth": 2, "num_heads": 8},
         "none",
-        (LR, ("dropout", (0.3, 0.5)), FINER),
+        (LR, ("dropout", (0.3, 0.5)), FINER, GAINS),
         {"dropout": 0.1},
     ),
 }

@@ -57,15 +57,15 @@ def test_a_cell_has_what_nothing_learned_has(bench: Bench) -> None:
     assert len(bench("forecasting_table").cell("ETTh1", 96, {"cells": {"96": {}}})) == 3  # of older results
 
 
-def test_every_arm_has_eight_settings_and_a_recipe(bench: Bench) -> None:
+def test_every_arm_has_nine_settings_and_a_recipe(bench: Bench) -> None:
     arms = bench("forecasting_arms")
     for name, each in arms.ALL.items():
         settings = arms.settings(each, 0, None)
         for stroke in range(1, len(each.strokes)):
             settings += arms.settings(each, stroke, settings[1])
-        assert len({str(setting) for setting in settings}) == 8, name
+        assert len({str(setting) for setting in settings}) == 9, name
         recipes = {repr(arms.recipe("ETTh1", 96, each, setting, 0)) for setting in settings}
-        assert len(recipes) == 8, name  # every setting changes something
+        assert len(recipes) == 9, name  # every setting changes something
         tuned = {stroke for stroke, _ in each.strokes}
         assert "lr" in tuned, name
         assert ("rho" in tuned) == ("sam" in each.stabilizer), name
