@@ -3,9 +3,9 @@
 Every arm has nine settings, found in four strokes: four values of what matters most to it, then twice two more of
 what is next, at the best so far. With SAM these are its radius, the learning rate and weight decay; without it the
 learning rate, weight decay or dropout, and finer learning rates. They are multiples of the published one, 1e-3, and
-1e-4 for the weather. Last, RevIN with learned gains, which both released forms of SAMformer have; for DLinear, which has
-none, RevIN itself. Where the best has the largest or smallest radius or learning rate of all that were tried, twice
-or half of it is tried as well, until it has not (tuning.py).
+1e-4 for the weather. Last, RevIN with learned gains, which both released forms of SAMformer have; for DLinear, which
+has none, RevIN itself. Where the best has the largest or smallest radius or learning rate of all that were tried,
+twice or half of it is tried as well, until it has not (tuning.py).
 """
 
 import dataclasses
