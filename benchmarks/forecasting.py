@@ -3,6 +3,7 @@
     python benchmarks/forecasting.py ETTh1                      # a data set; hours on 2 cores; killed, it goes on
     python benchmarks/forecasting.py ETTh1 --horizons 96        # the smallest useful table
     python benchmarks/forecasting.py ETTh1 --needed             # is SAM needed? Adam, SAM, sigma-Reparam, QK-norm, both
+    python benchmarks/forecasting.py ETTh1 --strokes 3          # tuned over the first strokes alone; results of its own
     python benchmarks/forecasting.py table                      # nothing is trained: all results so far, in one table
     python benchmarks/forecasting.py ETTh1 --quick              # two arms, one setting, one epoch: does it run?
 
@@ -74,7 +75,7 @@ def tuned(options: Namespace, folder: Path, horizon: int, names: Sequence[str]) 
     def plan(name: str, setting: Setting) -> RunPlace:
         return planned(options, folder, horizon, name, setting, tuning.SEED)
 
-    numbers = range(1 if options.quick else max(len(ALL[name].strokes) for name in names))
+    numbers = range(1 if options.quick else options.strokes or max(len(ALL[name].strokes) for name in names))
     strokes = [partial(stroke, number) for number in numbers]
     return tuning.tune(names, strokes, plan, lambda places: run(places, options.jobs), 0 if options.quick else OUTWARDS)
 
@@ -146,6 +147,7 @@ def options() -> Namespace:
     parser.add_argument("data", choices=[*SEEDS, "table"])
     parser.add_argument("--horizons", default=",".join(map(str, HORIZONS)))
     parser.add_argument("--arms", help="names joined by commas; those of the main table by default")
+    parser.add_argument("--strokes", type=int, choices=(1, 2, 3), help="tune over so many strokes alone")
     parser.add_argument("--needed", action="store_true", help="the arms that answer whether SAM is needed")
     found = parser.parse_args()
     names = found.arms.split(",") if found.arms else ["samformer", "adam", *NEEDED] if found.needed else list(ARMS)
@@ -164,6 +166,7 @@ def main() -> None:
         forecasting_table.write_table()
         return
     name, folder = grids.place(f"forecasting_{chosen.data}", chosen)
+    name += f"_{chosen.strokes}_strokes" if chosen.strokes else ""
     count = chosen.seeds or (5 if torch.cuda.is_available() else SEEDS[chosen.data])
     seeds = [1] if chosen.quick else list(range(1, count + 1))
     for horizon in chosen.all_horizons[: 1 if chosen.quick else None]:

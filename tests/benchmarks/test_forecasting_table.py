@@ -2,7 +2,9 @@
 
 import math
 import os
+from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -114,3 +116,18 @@ def test_a_line_of_a_cell_has_what_chose_and_what_heads_ended_with(bench: Bench)
     assert attends.split()[:8] == ["samformer", "0.381", "0.4000", "±", "0.0000", "0.3000", "0.6500", "0.25-0.50"]
     assert "0.25" not in linear
     assert "0.6500" in linear
+
+
+@pytest.mark.skipif(not os.environ.get("TRIMTAB_DATA"), reason="TRIMTAB_DATA is not set")
+def test_the_first_strokes_alone_leave_out_the_rest(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forecasting = bench("forecasting")
+    monkeypatch.setattr(forecasting, "run", lambda places, jobs: None)
+    for strokes, count in ((None, 9), (3, 8), (1, 4)):
+        options = Namespace(data="ETTh1", quick=False, strokes=strokes, jobs=1)
+        tried = forecasting.tuned(options, tmp_path, 96, ["dlinear"])["dlinear"]
+        settings = [setting for setting, _ in tried[:count]]
+        assert any(setting["revin"] for setting in settings) == (strokes is None)
+        outwards = tried[count:]  # no run has been: the first setting stands for the best
+        assert all(setting["lr"] > 3.0 for setting, _ in outwards)
